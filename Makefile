@@ -1,0 +1,76 @@
+# Every target does everything it needs on a machine that has Python 3.11 with pip, gcc, make and git.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find src -type f -not -path '*/__pycache__/*' 2>/dev/null)
+# The bundled pip of a fresh virtual environment reads this for every install below.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export BENTOML_DO_NOT_TRACK := True
+# One thread a test process: two processes share two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+.PHONY: help setup demo test test-fast check bench format train-demo clean
+
+help:
+	@echo "make demo       save, load and run the demo model; writes demo.png"
+	@echo "make test       all tests, against the installed wheel"
+	@echo "make test-fast  the tests that take no longer than a minute together"
+	@echo "make check      ruff, mypy, import contracts"
+	@echo "make bench      the benchmarks that the documents quote"
+	@echo "make setup      only install"
+
+setup: .venv/.wheel
+
+.venv/.dependencies: constraints.txt pyproject.toml tools/install_detectron2.py
+	@echo "== Creating .venv (about three minutes; PyTorch is 5 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "== Installing PyTorch"
+	@$(BIN)/pip install --quiet torch torchvision setuptools wheel
+	@echo "== Installing the package's dependencies and the tools"
+	@$(BIN)/pip install --quiet hatchling
+	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/dependencies .
+	@$(BIN)/pip install --quiet "$$(ls -t build/dependencies/bentoml_detectron-*.whl | head -1)[dev]"
+	@echo "== Installing Detectron2"
+	@$(BIN)/python tools/install_detectron2.py
+	@touch $@
+
+.venv/.wheel: .venv/.dependencies $(SOURCES) README.md LICENSE
+	@echo "== Installing this package's wheel"
+	@rm -rf build/wheel
+	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	@$(BIN)/pip uninstall --quiet --yes bentoml-detectron
+	@$(BIN)/pip install --quiet --no-deps build/wheel/*.whl
+	@touch $@
+
+demo: .venv/.wheel
+	@echo "== Saving, loading and running the demo model"
+	@$(BIN)/bentoml detectron demo --output demo.png
+
+test: .venv/.wheel
+	@echo "== Running all tests"
+	@$(PYTEST) tests
+
+test-fast: .venv/.wheel
+	@echo "== Running the fast tests"
+	@$(PYTEST) -m "not slow" tests
+
+check: .venv/.wheel
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.wheel
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.wheel
+	$(BIN)/python benchmarks/bench_load.py
+	$(BIN)/python benchmarks/bench_save.py
+	$(BIN)/python benchmarks/bench_import.py
+
+train-demo: .venv/.wheel
+	$(BIN)/python -W ignore tools/train_demo.py
+
+clean:
+	rm -rf .venv build dist output demo.png

@@ -1,0 +1,38 @@
+"""Save, load and serve Detectron2 models with BentoML.
+
+The same names are reached as ``bentoml.detectron``. Importing this package imports neither PyTorch nor Detectron2 nor BentoML;
+each name brings what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bentoml_detectron.runnable import ModelOptions, get_runnable
+    from bentoml_detectron.store import get, load_model, save_model
+
+__all__ = ["ModelOptions", "errors", "get", "get_runnable", "load_model", "save_model"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "ModelOptions": "runnable",
+    "get": "store",
+    "get_runnable": "runnable",
+    "load_model": "store",
+    "save_model": "store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "errors":
+        return import_module("bentoml_detectron.errors")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"bentoml_detectron.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,244 @@
+"""``config.yaml``: a Detectron2 CfgNode as plain data, and back without loss.
+
+YAML has no tuples, so the manifest lists where they are. Nothing here follows ``_BASE_``, resolves a tag or imports by name.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bentoml_detectron.artifact import files
+from bentoml_detectron.artifact.manifest import Dataset, Entry, Input
+from bentoml_detectron.errors import (
+    CorruptFileError,
+    DetectronMissingError,
+    InvalidArgumentError,
+    InvalidModelError,
+    UnknownEntryError,
+    UnsafeFileError,
+)
+
+try:
+    from detectron2.config import CfgNode, get_cfg
+    from detectron2.data import MetadataCatalog
+except ModuleNotFoundError as exc:
+    if exc.name is None or exc.name.partition(".")[0] != "detectron2":
+        raise
+    raise DetectronMissingError from exc
+
+from fvcore.common.registry import Registry
+
+CONFIG = "config.yaml"
+MAX_DEPTH = 50
+"""Deepest nesting of a config; Detectron2's own is 5."""
+MAX_VALUES = 100_000
+"""Most values in a config; Detectron2's own has some 400."""
+
+Plain = dict[str, Any]
+Path_ = tuple[str | int, ...]
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_DETECTRON2_MODULE = re.compile(r"detectron2(\.[A-Za-z_][A-Za-z0-9_]*)+\Z")
+
+
+def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[Path_]]:
+    """Copies a config into plain dicts, lists and scalars.
+
+    Args:
+        cfg: A CfgNode, or any mapping shaped like one.
+
+    Returns:
+        The copy, and the paths of the lists in it that were tuples, inner ones first.
+
+    Raises:
+        InvalidArgumentError: The config holds something that YAML cannot say, or is nested too deep.
+    """
+    tuples: list[Path_] = []
+    count = 0
+
+    def copy(value: Any, path: Path_) -> Any:
+        nonlocal count
+        count += 1
+        where = ".".join(map(str, path))
+        if len(path) > MAX_DEPTH:
+            raise InvalidArgumentError(f"the config is nested deeper than {MAX_DEPTH} at {where}", value=where)
+        if count > MAX_VALUES:  # one list in many places is many values
+            raise InvalidArgumentError(f"the config holds more than {MAX_VALUES:,} values", value=count)
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        if isinstance(value, Mapping):
+            for key in value:
+                if type(key) is not str:
+                    raise InvalidArgumentError(f"the config's key {key!r} under {where or 'its top'} is no string")
+            return {key: copy(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [copy(item, (*path, i)) for i, item in enumerate(value)]
+            if isinstance(value, tuple):
+                tuples.append(path)
+            return items
+        raise InvalidArgumentError(
+            f"config.{where} is {value!r}, a {type(value).__name__}; a saved config holds str, int, float, bool, None, "
+            "lists, tuples and CfgNodes only",
+            value=value,
+        )
+
+    return copy(cfg, ()), tuples
+
+
+def from_plain(plain: Plain, tuples: list[Path_] | list[list[str | int]]) -> CfgNode:
+    """Builds the CfgNode again.
+
+    What the config lacks against the installed Detectron2's defaults is added, so that a config saved with an earlier version
+    still builds.
+
+    Raises:
+        InvalidModelError: `tuples` does not fit.
+    """
+    for path in sorted(tuples, key=len, reverse=True):
+        try:
+            parent: Any = plain
+            for step in path[:-1]:
+                parent = parent[step]
+            parent[path[-1]] = tuple(parent[path[-1]])
+        except (LookupError, TypeError) as exc:
+            raise InvalidModelError(f"the manifest names {list(path)!r} as a tuple; the config has none there") from exc
+    cfg = CfgNode(plain)
+
+    def complete(node: CfgNode, defaults: CfgNode) -> None:
+        for key, value in defaults.items():
+            if key not in node:
+                node[key] = value
+            elif isinstance(node[key], CfgNode) and isinstance(value, CfgNode):
+                complete(node[key], value)
+
+    complete(cfg, get_cfg())
+    return cfg
+
+
+def dump(plain: Plain) -> bytes:
+    """A plain config as YAML."""
+    text: bytes = yaml.dump(plain, Dumper=_DUMPER, sort_keys=True, default_flow_style=None, allow_unicode=True, encoding="utf-8")
+    return text
+
+
+def read(folder: Path) -> Plain:
+    """Reads ``config.yaml`` of a saved model as plain data.
+
+    Raises:
+        CorruptFileError: It is missing or no YAML.
+        UnsafeFileError: It is too large or too deep, or holds tags, aliases or ``_BASE_``.
+    """
+    text = files.read_small(folder, CONFIG)
+    try:
+        _check_events(text)
+        plain = yaml.load(text, Loader=_LOADER)  # noqa: S506 (a safe loader)
+    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError) as exc:
+        raise CorruptFileError(f"{CONFIG} in {folder} is no configuration: {exc}", file=CONFIG) from exc
+    if not isinstance(plain, dict):
+        raise CorruptFileError(f"{CONFIG} in {folder} holds a {type(plain).__name__}, not a mapping", file=CONFIG)
+    try:
+        to_plain(plain)  # dates, sets and the like are safe, but no configuration
+    except InvalidArgumentError as exc:
+        raise UnsafeFileError(f"{CONFIG} in {folder}: {exc}", file=CONFIG) from exc
+    return plain
+
+
+def _check_events(text: bytes) -> None:
+    """Refuses what a config never has, before anything is built: libyaml's composer overflows the C stack on deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        found = None
+        if depth > MAX_DEPTH:
+            found = f"nesting deeper than {MAX_DEPTH}"
+        elif isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            found = f"the anchor {event.anchor!r}"
+        elif getattr(event, "tag", None) is not None:
+            found = f"the tag {event.tag!r}"
+        elif isinstance(event, yaml.ScalarEvent) and event.value == "_BASE_":
+            found = "_BASE_, which would read another file"
+        if found:
+            raise UnsafeFileError(f"{CONFIG} holds {found} (line {event.start_mark.line + 1})", file=CONFIG, value=found)
+
+
+def input_of(cfg: CfgNode) -> Input:
+    """How this config prepares an image."""
+    return Input(
+        format=cfg.INPUT.FORMAT, min_size_test=cfg.INPUT.MIN_SIZE_TEST, max_size_test=cfg.INPUT.MAX_SIZE_TEST
+    )
+
+
+def dataset_of(cfg: CfgNode) -> Dataset | None:
+    """What this process knows of the dataset that the config tests on; None where it names none."""
+    if not cfg.DATASETS.TEST:
+        return None
+    name = cfg.DATASETS.TEST[0]
+    known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog.list() else {}
+    fields = {key: known[key] for key in Dataset.model_fields if key != "name" and known.get(key) is not None}
+    return Dataset(name=name, **fields)
+
+
+def entries_of(cfg: CfgNode) -> list[Entry]:
+    """The registry entries that the config names, in whichever registries this process has."""
+    named = set(_strings(cfg))
+    entries = {
+        (registry._name, name): Entry(registry=registry._name, name=name, module=entry.__module__)
+        for registry in _registries()
+        for name, entry in registry
+        if name in named
+    }
+    return [entries[key] for key in sorted(entries)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _registries() -> Iterator[Registry]:
+    for module in list(sys.modules.values()):
+        for value in list(getattr(module, "__dict__", {}).values()):
+            if isinstance(value, Registry):
+                yield value
+
+
+def import_entries(entries: list[Entry]) -> None:
+    """Imports the modules of Detectron2 that define a model's registry entries.
+
+    Raises:
+        UnknownEntryError: A module from elsewhere is needed and is not imported yet.
+    """
+    for entry in entries:
+        if entry.module in sys.modules:
+            continue
+        if not _DETECTRON2_MODULE.match(entry.module):
+            raise UnknownEntryError(
+                f"the model needs {entry.name!r} of the registry {entry.registry}, defined in the module {entry.module!r}; "
+                f"if you trust that code, import {entry.module} before loading the model",
+                value=entry.module,
+            )
+        try:
+            import_module(entry.module)
+        except ModuleNotFoundError as exc:
+            raise UnknownEntryError(
+                f"the model needs {entry.name!r} of the registry {entry.registry}, defined in {entry.module}; importing it "
+                f"failed, {exc}",
+                value=entry.module,
+            ) from exc

@@ -1,0 +1,153 @@
+"""``manifest.json``: what a saved model says of itself.
+
+The file's own last entry is the SHA-256 of the rest, and only one spelling of a manifest is valid, so no flipped bit in it goes
+unseen. Format changes: raise `FORMAT`, and keep reading the earlier ones beside `Manifest`, one function a format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bentoml_detectron.artifact import files
+from bentoml_detectron.errors import CorruptFileError, UnsupportedFormatError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DIGEST = "manifest_sha256"
+
+_Name = Annotated[str, Field(max_length=1000)]
+_Names = Annotated[list[_Name], Field(max_length=100_000)]
+_Colors = Annotated[list[tuple[int, int, int]], Field(max_length=100_000)]
+_Ids = Annotated[dict[int, int], Field(max_length=100_000)]
+_Hex128 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+_Hex256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Part):
+    """Size in bytes and digests of one file; see `files.checksum` for why there are two."""
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: _Hex256
+    xxh3_128: _Hex128
+
+
+class Dataset(_Part):
+    """What Detectron2's ``MetadataCatalog`` knew of the model's dataset, under the same names."""
+
+    name: _Name
+    thing_classes: _Names | None = None
+    thing_colors: _Colors | None = None
+    thing_dataset_id_to_contiguous_id: _Ids | None = None
+    stuff_classes: _Names | None = None
+    stuff_colors: _Colors | None = None
+    stuff_dataset_id_to_contiguous_id: _Ids | None = None
+    keypoint_names: _Names | None = None
+    keypoint_flip_map: Annotated[list[tuple[_Name, _Name]], Field(max_length=100_000)] | None = None
+    keypoint_connection_rules: (
+        Annotated[list[tuple[_Name, _Name, tuple[int, int, int]]], Field(max_length=100_000)] | None
+    ) = None
+
+
+class Entry(_Part):
+    """One registry entry that the config names, and the module that defines it."""
+
+    registry: _Name
+    name: _Name
+    module: _Name
+
+
+class Input(_Part):
+    """How an image gets to the model: channel order, and lengths in pixels of the shorter and at most the longer edge."""
+
+    format: _Name
+    min_size_test: int
+    max_size_test: int
+
+
+class Manifest(_Part):
+    """A whole manifest."""
+
+    format: Literal[1]
+    kind: Literal["predictor", "module"]
+    config: Literal["yacs"]
+    config_tuples: Annotated[list[list[str | int]], Field(max_length=100_000)]
+    input: Input
+    dataset: Dataset | None
+    registry_entries: Annotated[list[Entry], Field(max_length=1000)]
+    versions: Annotated[dict[_Name, _Name], Field(max_length=100)]
+    files: Annotated[dict[_Name, FileRecord], Field(max_length=100)]
+
+
+def _spell(content: dict[str, object]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def dump(manifest: Manifest) -> bytes:
+    """The one spelling of a manifest."""
+    content = manifest.model_dump(mode="json", exclude_none=False)
+    content[DIGEST] = hashlib.sha256(_spell(content)).hexdigest()
+    return _spell(content)
+
+
+def read(folder: Path) -> Manifest:
+    """Reads and checks the manifest of a saved model.
+
+    Raises:
+        CorruptFileError: It is missing, damaged, or not a manifest.
+        UnsafeFileError: It is too large, or no regular file.
+        UnsupportedFormatError: A later version of this package wrote it.
+    """
+    text = files.read_small(folder, MANIFEST)
+    try:
+        content = json.loads(text)
+        written = content.pop(DIGEST)
+        found = hashlib.sha256(_spell(content)).hexdigest()
+        canonical = _spell({**content, DIGEST: written}) == text
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as exc:
+        raise CorruptFileError(f"{MANIFEST} in {folder} is no manifest: {exc!r}", file=MANIFEST) from exc
+    if written != found or not canonical:
+        raise CorruptFileError(
+            f"{MANIFEST} in {folder} is damaged: it says its SHA-256 is {written!r}, which is {found}; save the model again",
+            file=MANIFEST,
+        )
+    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        raise UnsupportedFormatError(
+            f"{folder} has format {content['format']}, this bentoml-detectron reads up to {FORMAT}; upgrade it",
+            file=MANIFEST,
+            value=content["format"],
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as exc:
+        raise CorruptFileError(f"{MANIFEST} in {folder} is no manifest: {exc}", file=MANIFEST) from exc
+
+
+def record(folder: Path, name: str) -> FileRecord:
+    """Takes a file's size and digests."""
+    return FileRecord(
+        size=files.size(folder, name), sha256=files.sha256(folder, name), xxh3_128=files.checksum(folder, name)
+    )
+
+
+def check_file(folder: Path, name: str, manifest: Manifest) -> None:
+    """Checks one file against the manifest.
+
+    Raises:
+        CorruptFileError: The manifest does not list the file, or lists another content.
+    """
+    due = manifest.files.get(name)
+    if due is None:
+        raise CorruptFileError(f"{MANIFEST} in {folder} does not list {name}", file=name)
+    if files.size(folder, name) != due.size or files.checksum(folder, name) != due.xxh3_128:
+        raise CorruptFileError(
+            f"{name} in {folder} is damaged: its content is not what was saved; save the model again", file=name
+        )

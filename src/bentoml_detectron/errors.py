@@ -1,0 +1,137 @@
+"""Everything that this package raises.
+
+Each class is under one of BentoML's exceptions, so that the right HTTP status follows::
+
+    DetectronError                  BentoMLException
+    ├── InvalidArgumentError        InvalidArgument (400), ValueError
+    │   └── UnknownDeviceError
+    ├── ModelNotFoundError          NotFound (404)
+    ├── DetectronMissingError       MissingDependencyException
+    ├── InvalidModelError           a saved model that cannot be used
+    │   ├── CorruptFileError        a file is damaged or missing
+    │   ├── UnsafeFileError         a file holds what no saved model should
+    │   ├── UnsupportedFormatError  written by a later version
+    │   ├── UnknownEntryError       the config names a registry entry that is not there
+    │   └── WeightsMismatchError    weights and config do not belong together
+    └── SaveError                   the store could not take the model
+
+A message names the offending value and the cure; the value is also an attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bentoml.exceptions import BentoMLException, InvalidArgument, MissingDependencyException, NotFound
+
+__all__ = [
+    "CorruptFileError",
+    "DetectronError",
+    "DetectronMissingError",
+    "InvalidArgumentError",
+    "InvalidModelError",
+    "ModelNotFoundError",
+    "SaveError",
+    "UnknownDeviceError",
+    "UnknownEntryError",
+    "UnsafeFileError",
+    "UnsupportedFormatError",
+    "WeightsMismatchError",
+]
+
+INSTALL_DETECTRON2 = (
+    "pip install torch torchvision && "
+    "pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation"
+)
+
+
+class DetectronError(BentoMLException):
+    """Base of this package's errors.
+
+    Attributes:
+        value: The offending value, if there is one.
+    """
+
+    def __init__(self, message: str, *, value: Any = None) -> None:
+        super().__init__(message)
+        self.value = value
+
+
+class InvalidArgumentError(DetectronError, InvalidArgument, ValueError):
+    """An argument has the wrong type or value."""
+
+
+class UnknownDeviceError(InvalidArgumentError):
+    """PyTorch has no such device here."""
+
+
+class ModelNotFoundError(DetectronError, NotFound):
+    """The store has no such model, or it belongs to another framework."""
+
+
+class DetectronMissingError(DetectronError, MissingDependencyException):
+    """Detectron2 is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__(f"Detectron2 is needed for this and is not installed. Install it: {INSTALL_DETECTRON2}")
+
+
+class InvalidModelError(DetectronError):
+    """A saved model cannot be used.
+
+    Attributes:
+        file: The name of the file at fault, inside the model.
+    """
+
+    def __init__(self, message: str, *, file: str | None = None, value: Any = None) -> None:
+        super().__init__(message, value=value)
+        self.file = file
+
+
+class CorruptFileError(InvalidModelError):
+    """A file of the model is damaged, cut short or missing."""
+
+
+class UnsafeFileError(InvalidModelError):
+    """A file of the model holds something that no saved model should; nothing of it was run."""
+
+
+class UnsupportedFormatError(InvalidModelError):
+    """The model was written by a later version of this package."""
+
+
+class UnknownEntryError(InvalidModelError):
+    """The model's config names an entry that no Detectron2 registry has in this process."""
+
+
+class WeightsMismatchError(InvalidModelError):
+    """The weights are not those that the config asks for.
+
+    Attributes:
+        missing: Names that the config's model has and the weights have not.
+        unexpected: Names that the weights have and the config's model has not.
+        misshaped: By name, the shape in the weights and the shape in the config's model.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+        file: str | None = None,
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.misshaped = dict(misshaped or {})
+        lines = [message]
+        lines += [f"  missing: {name}" for name in self.missing]
+        lines += [f"  unexpected: {name}" for name in self.unexpected]
+        lines += [f"  misshaped: {name} is {found}, should be {due}" for name, (found, due) in self.misshaped.items()]
+        super().__init__("\n".join(lines), file=file)
+
+
+class SaveError(DetectronError):
+    """The store could not take the model; it holds nothing of it."""

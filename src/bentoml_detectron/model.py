@@ -1,0 +1,177 @@
+"""From a saved model to a Detectron2 model on a device, and from a caller's model to what is saved of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from bentoml_detectron.artifact import config, weights
+from bentoml_detectron.artifact.folder import SavedModel
+from bentoml_detectron.artifact.manifest import Dataset
+from bentoml_detectron.errors import (
+    DetectronError,
+    InvalidArgumentError,
+    InvalidModelError,
+    UnknownDeviceError,
+    UnknownEntryError,
+)
+
+# After artifact.config, which says how to install Detectron2 where it is missing.
+from detectron2.config import CfgNode  # isort: skip
+from detectron2.data.catalog import Metadata  # isort: skip
+from detectron2.engine import DefaultPredictor  # isort: skip
+from detectron2.modeling import build_model  # isort: skip
+
+_RANDOM_FILLS: frozenset[Callable[..., Any]] = frozenset(
+    [getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "random_", "erfinv_", "exponential_")]
+    + [
+        getattr(nn.init, name)
+        for name in (
+            "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_",
+            "kaiming_normal_", "orthogonal_", "sparse_",
+        )
+    ]
+)  # fmt: skip
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """While it is active in a thread, parameters there are not filled with random numbers.
+
+    Loading replaces every parameter, and the random numbers take longer than all the rest of loading. Buffers are filled as
+    always: some are not among the weights.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM_FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+        return func(*args, **kwargs)
+
+
+def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode, bool]:
+    """What `save_model` was given, as module, config and whether it is a ``DefaultPredictor``.
+
+    Nothing of the caller's is changed; the config is the caller's own object.
+
+    Raises:
+        InvalidArgumentError: (a ``ValueError`` too) Either has the wrong type, or the config is missing.
+    """
+    if isinstance(checkpointables, DefaultPredictor):
+        return checkpointables.model, checkpointables.cfg, True
+    if not isinstance(checkpointables, nn.Module):
+        raise InvalidArgumentError(
+            f"'checkpointables' is a {type(checkpointables).__name__}; give a detectron2.engine.DefaultPredictor or a "
+            "torch.nn.Module with its config",
+            value=checkpointables,
+        )
+    if cfg is None:
+        raise InvalidArgumentError("config is required when 'checkpointables' is a torch.nn.Module; give its CfgNode")
+    if not isinstance(cfg, CfgNode):
+        raise InvalidArgumentError(
+            f"config is a {type(cfg).__name__}; give the detectron2.config.CfgNode that the module was built with",
+            value=cfg,
+        )
+    return checkpointables, cfg, False
+
+
+def check_saveable(module: nn.Module, cfg: CfgNode) -> None:
+    """Checks that what will be saved can be loaded: the config builds, and the module's weights are those it asks for.
+
+    Raises:
+        InvalidModelError: It does not, or they are not.
+    """
+    inner = module.module if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else module
+    plain, tuples = config.to_plain(cfg)
+    rebuilt = _build(lambda: build_model(_on_cpu(config.from_plain(plain, tuples))))
+    weights.check(
+        inner.state_dict(), rebuilt, "the module's weights are not those that its config asks for; save it with the config "
+        "that it was built with",
+    )  # fmt: skip
+
+
+def check_device(device_id: str) -> torch.device:
+    """The device of that name, if tensors can live there.
+
+    Raises:
+        UnknownDeviceError: They cannot.
+    """
+    try:
+        device = torch.device(device_id)
+        torch.empty(1, device=device)
+    except Exception as exc:  # each backend fails in its own way
+        reason = str(exc).strip().partition("\n")[0]
+        raise UnknownDeviceError(
+            f"PyTorch has no device {device_id!r} here ({reason}); give 'cpu', or 'cuda:0' with a CUDA build and a GPU",
+            value=device_id,
+        ) from exc
+    if device.type == "meta":
+        raise UnknownDeviceError("nothing can run on the device 'meta'; give 'cpu' or 'cuda:0'", value=device_id)
+    return device
+
+
+def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
+    """Builds a saved model on a device, in evaluation mode: a ``DefaultPredictor`` or a module, as it was saved.
+
+    Raises:
+        InvalidModelError: The config does not build, a file is damaged, or weights and config do not belong together.
+        UnknownDeviceError: There is no such device.
+    """
+    device = check_device(device_id)
+    cfg = _on_cpu(saved.cfg)
+    with ThreadPoolExecutor(1, thread_name_prefix="read-weights") as pool:
+        reading = pool.submit(saved.read_weights)
+        # With no weights named, DefaultPredictor leaves its model as it was built.
+        built = _build(lambda: DefaultPredictor(cfg) if saved.is_predictor else build_model(cfg))
+        state = reading.result()
+    module = built.model if saved.is_predictor else built
+    message = f"{weights.WEIGHTS} in {saved.folder} does not belong to the model's config"
+    weights.check(state, module, message, weights.WEIGHTS)
+    saved.warn_of_other_weights(state)
+    weights.assign(state, module)
+    module.eval().to(device)
+    if saved.is_predictor:
+        built.cfg.MODEL.DEVICE = str(device)
+        built.cfg.MODEL.WEIGHTS = str(saved.folder / weights.WEIGHTS)
+        if saved.dataset is not None:
+            _complete_metadata(built, saved.dataset)
+    return built
+
+
+def _on_cpu(cfg: CfgNode) -> CfgNode:
+    """A copy of a config whose model is built on the CPU and loads nothing."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    return cfg
+
+
+def _build(build: Callable[[], Any]) -> Any:
+    try:
+        with _NoRandomInit():
+            return build()
+    except DetectronError:
+        raise
+    except KeyError as exc:
+        if "registry" in str(exc):
+            raise UnknownEntryError(f"{exc.args[0]}; import the module that registers it first", value=exc.args[0]) from exc
+        raise InvalidModelError(f"Detectron2 cannot build the model from its config: {exc!r}") from exc
+    except Exception as exc:  # a config may be wrong in as many ways as Detectron2 has lines
+        raise InvalidModelError(f"Detectron2 cannot build the model from its config: {exc!r}") from exc
+
+
+def _complete_metadata(predictor: DefaultPredictor, dataset: Dataset) -> None:
+    """Gives a predictor the saved class names where this process does not know its dataset."""
+    known = predictor.metadata.as_dict()
+    saved = dataset.model_dump(exclude_none=True)
+    if any(key not in known for key in saved):
+        predictor.metadata = Metadata(**{**saved, **known})

@@ -1,0 +1,144 @@
+"""Putting a folder into BentoML's store whole or not at all.
+
+BentoML makes the final folder and copies file after file into it: a reader, a crash or a full disk in between leaves half a
+model that `get` returns, or that breaks `list` for the whole store. Here a model is written beside the store, made durable, and
+appears under its final name by one rename. `latest` is replaced by one rename too.
+
+A save that is killed leaves its staging folder; the next save takes it away, once nobody holds its lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bentoml_detectron.artifact.files import sync, sync_folder
+from bentoml_detectron.errors import SaveError
+
+_PREFIX = "save-"
+
+
+@contextmanager
+def staged(store: Path) -> Iterator[Path]:
+    """A new empty folder beside the store, on its file system, which is gone afterwards.
+
+    Args:
+        store: BentoML's model store, such as ``~/bentoml/models``.
+
+    Raises:
+        SaveError: It cannot be made.
+    """
+    area = _area(store)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        area.mkdir(exist_ok=True)
+        if store.stat().st_dev != area.stat().st_dev:
+            raise SaveError(
+                f"{store} and {area} are on different file systems, so a model cannot appear in the store at once; set "
+                "BENTOML_HOME to a folder that is on one file system with its 'models'",
+                value=str(store),
+            )
+        with _locked(area):
+            _sweep(area)
+            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=area))
+            held = _lock(folder, fcntl.LOCK_EX)
+    except OSError as exc:
+        raise SaveError(f"cannot write beside the model store {store}: {exc}", value=str(store)) from exc
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
+
+
+def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Callable[[Path], bool]) -> Path:
+    """Moves a folder with a finished model into the store.
+
+    Args:
+        content: The folder, inside one that `staged` gave.
+        store: BentoML's model store.
+        name: The model's name.
+        version: Its version.
+        is_newer: Given the folder of the present latest version, whether the new one is at least as new.
+
+    Returns:
+        The model's folder in the store.
+
+    Raises:
+        SaveError: The version exists, or the store cannot take it; then nothing of it is there.
+    """
+    final = store / name / version
+    try:
+        sync(content)
+        with _locked(_area(store)):
+            if final.exists():
+                raise SaveError(f"{name}:{version} is in the model store already; save it under a new version", value=str(final))
+            final.parent.mkdir(exist_ok=True)
+            content.rename(final)
+            try:
+                sync_folder(final.parent)
+                _point_latest(content.parent, final, is_newer)
+            except BaseException:
+                final.rename(content)
+                raise
+    except OSError as exc:
+        raise SaveError(f"cannot put {name}:{version} into the model store {store}: {exc}", value=str(final)) from exc
+    finally:
+        if not final.exists():
+            with suppress(OSError):
+                final.parent.rmdir()  # succeeds only where this save made it
+    return final
+
+
+def _point_latest(scratch: Path, final: Path, is_newer: Callable[[Path], bool]) -> None:
+    latest = final.parent / "latest"
+    present = latest.read_text().strip() if latest.is_file() else ""
+    if present and (final.parent / present).is_dir() and not is_newer(final.parent / present):
+        return
+    new = scratch / "latest"
+    new.write_text(final.name)
+    sync(scratch)
+    new.replace(latest)
+    sync_folder(final.parent)
+
+
+def _area(store: Path) -> Path:
+    return store.with_name(f"{store.name}.staging")
+
+
+@contextmanager
+def _locked(area: Path) -> Iterator[None]:
+    """Holds the one lock of a store. It is held for a few renames, never while weights are written."""
+    path = area / "lock"
+    path.touch()
+    held = _lock(path, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(path: Path, kind: int) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, kind)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(area: Path) -> None:
+    """Removes what killed saves left: staging folders that nobody holds."""
+    for folder in area.glob(f"{_PREFIX}*/"):
+        try:
+            held = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # its save goes on
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)

@@ -1,0 +1,231 @@
+"""``save_model``, ``load_model`` and ``get`` over BentoML's model store."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+import cloudpickle
+from bentoml import Model, Tag
+from bentoml.exceptions import BentoMLException, NotFound
+
+from bentoml_detectron.errors import (
+    CorruptFileError,
+    DetectronError,
+    InvalidArgumentError,
+    ModelNotFoundError,
+    SaveError,
+)
+from bentoml_detectron.staging import publish, staged
+
+# BentoML's adapters, its own and those of other distributions, all build on these.
+from bentoml._internal.configuration.containers import BentoMLContainer  # isort: skip
+from bentoml._internal.models.model import ModelContext, ModelInfo, PartialKwargsModelOptions  # isort: skip
+
+if TYPE_CHECKING:
+    from bentoml._internal.models.model import ModelSignaturesType
+    from detectron2.config import CfgNode
+    from detectron2.engine import DefaultPredictor
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+MODULE = "bentoml.detectron"
+MODULES = (MODULE, "bentoml._internal.frameworks.detectron")
+"""The names under which a model of this framework may be recorded; the second by some versions of BentoML's adapter."""
+API_VERSION = "v2"
+"""Ours; BentoML's own adapter wrote ``v1``."""
+IS_PREDICTOR = "_is_predictor"
+
+
+def get(tag_like: str | Tag) -> Model:
+    """Gets a saved Detectron2 model from BentoML's model store, without loading it.
+
+    Args:
+        tag_like: A tag such as ``"mask_rcnn:latest"``, or a name alone, which means the latest version.
+
+    Raises:
+        ModelNotFoundError: (``bentoml.exceptions.NotFound``) There is no such model, or another framework saved it.
+        InvalidArgumentError: (``ValueError``) `tag_like` is no tag.
+    """
+    _check_tag(tag_like)
+    try:
+        model = bentoml.models.get(tag_like)
+    except NotFound as exc:
+        raise ModelNotFoundError(str(exc), value=str(tag_like)) from exc
+    _check_framework(model)
+    return model
+
+
+def load_model(bento_model: str | Tag | Model, device_id: str = "cpu") -> DefaultPredictor | nn.Module:
+    """Loads a saved model from its stored weights.
+
+    Nothing is unpickled and nothing is fetched: the config is read as plain data, the weights as tensors. They are mapped into
+    memory, so that processes on one machine share them until one writes to its copy.
+
+    Args:
+        bento_model: The model, or its tag, in BentoML's model store.
+        device_id: Where the model shall live: ``"cpu"``, ``"cuda"``, ``"cuda:0"``.
+
+    Returns:
+        A ``detectron2.engine.DefaultPredictor`` if one was saved, else the ``torch.nn.Module``; in evaluation mode, on that
+        device. A predictor's ``cfg.MODEL.WEIGHTS`` is the stored file.
+
+    Raises:
+        ModelNotFoundError: (``bentoml.exceptions.NotFound``) There is no such model, or another framework saved it.
+        InvalidArgumentError: (``ValueError``) `bento_model` is no tag.
+        UnknownDeviceError: (``ValueError``) PyTorch has no such device here.
+        InvalidModelError: A file is damaged, unsafe or missing, or weights and config do not belong together.
+        DetectronMissingError: (``bentoml.exceptions.MissingDependencyException``) Detectron2 is not installed.
+
+    Example::
+
+        predictor = bentoml.detectron.load_model("mask_rcnn:latest")
+        outputs = predictor(image)  # (H, W, 3) uint8, BGR
+    """
+    if isinstance(bento_model, Model):
+        _check_framework(bento_model)
+    else:
+        bento_model = get(bento_model)
+    from bentoml_detectron.artifact import folder
+    from bentoml_detectron.model import load
+
+    is_predictor = bento_model.info.metadata.get(IS_PREDICTOR, True)
+    if not isinstance(is_predictor, bool):
+        raise CorruptFileError(f"model.yaml of {bento_model.tag} says {IS_PREDICTOR}: {is_predictor!r}", file="model.yaml")
+    reader = folder.open_bentoml_v1 if bento_model.info.api_version == "v1" else folder.open_saved
+    return load(reader(Path(bento_model.path), is_predictor=is_predictor), device_id)
+
+
+def save_model(
+    name: Tag | str,
+    checkpointables: DefaultPredictor | nn.Module,
+    config: CfgNode | None = None,
+    *,
+    signatures: ModelSignaturesType | None = None,
+    labels: dict[str, str] | None = None,
+    custom_objects: dict[str, Any] | None = None,
+    external_modules: list[ModuleType] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Model:
+    """Saves a Detectron2 model, weights and all, to BentoML's model store.
+
+    The model appears in the store whole or not at all. No argument is changed.
+
+    Args:
+        name: The model's name, or a tag with a version of your own.
+        checkpointables: A ``detectron2.engine.DefaultPredictor``, or a ``torch.nn.Module`` built by Detectron2.
+        config: The CfgNode that the module was built with. Needed for a module; a predictor brings its own.
+        signatures: The model's methods that a legacy runner offers; ``{"__call__": {"batchable": False}}`` unless given.
+        labels: BentoML's labels, such as ``{"stage": "dev"}``.
+        custom_objects: Python objects to pickle beside the model for `bentoml.Model.custom_objects`; ``"config"`` is set to
+            the model's config. This package never reads them back.
+        external_modules: Modules to pickle by value with the custom objects.
+        metadata: BentoML's metadata, such as ``{"box_ap": 0.4}``.
+
+    Returns:
+        The saved model.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) An argument has the wrong type, `name` is no tag, or `config` is missing.
+        InvalidModelError: The config does not build a model with these weights.
+        SaveError: The version exists already, or the disk would not take it.
+        DetectronMissingError: (``bentoml.exceptions.MissingDependencyException``) Detectron2 is not installed.
+
+    Example::
+
+        predictor = DefaultPredictor(cfg)
+        bento_model = bentoml.detectron.save_model("mask_rcnn", predictor)
+    """
+    tag = _check_tag(name)
+    from bentoml_detectron.artifact import folder
+    from bentoml_detectron.model import check_saveable, take_apart
+
+    module, cfg, is_predictor = take_apart(checkpointables, config)
+    if is_predictor and config is not None:
+        logger.warning("config is ignored when 'checkpointables' is a DefaultPredictor, which brings its own.")
+    try:
+        info = ModelInfo(
+            tag=tag if tag.version else tag.make_new_version(),
+            module=MODULE,
+            api_version=API_VERSION,
+            signatures=copy.deepcopy(signatures) if signatures else {"__call__": {"batchable": False}},
+            labels=dict(labels or {}),
+            options=PartialKwargsModelOptions(),
+            metadata={**copy.deepcopy(metadata or {}), IS_PREDICTOR: is_predictor},
+            context=ModelContext(
+                framework_name="detectron2", framework_versions={"detectron2": folder.detectron2_version()}
+            ),
+        )
+    except (TypeError, ValueError, BentoMLException) as exc:
+        raise InvalidArgumentError(f"BentoML does not take these signatures, labels or metadata: {exc}") from exc
+    check_saveable(module, cfg)
+    store = Path(BentoMLContainer.model_store_dir.get())
+    with staged(store) as scratch, _one_error(info.tag):
+        content = scratch / "model"
+        content.mkdir()
+        with (content / "model.yaml").open("w", encoding="utf-8") as file:
+            info.dump(file)
+        pickled_cfg = cfg.clone()
+        pickled_cfg.defrost()  # BentoML's own adapter sets the device in it
+        objects = {**(custom_objects or {}), "config": pickled_cfg}
+        with _by_value(external_modules or []), (content / "custom_objects.pkl").open("wb") as pickled:
+            cloudpickle.dump(objects, pickled)
+        folder.write_parts(content, module, cfg)
+        folder.seal(content, cfg, is_predictor=is_predictor)
+        publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
+    return bentoml.models.get(info.tag)
+
+
+def _is_newer(info: ModelInfo, present: Path) -> bool:
+    try:
+        return bool(info.creation_time >= Model.from_path(present).creation_time)
+    except BentoMLException:
+        return True  # what is there is no whole model
+
+
+def _check_tag(tag_like: object) -> Tag:
+    if not isinstance(tag_like, (str, Tag)):
+        raise InvalidArgumentError(f"{tag_like!r} is no tag; give a name such as 'mask_rcnn', or a Tag", value=tag_like)
+    try:
+        return Tag.from_taglike(tag_like)
+    except (ValueError, BentoMLException) as exc:
+        raise InvalidArgumentError(
+            f"{tag_like!r} is no tag: {exc}. Give 'name' or 'name:version', in lower case letters, digits, '_', '-' and '.'",
+            value=tag_like,
+        ) from exc
+
+
+def _check_framework(model: Model) -> None:
+    if model.info.module not in MODULES:
+        raise ModelNotFoundError(
+            f"{model.tag} was saved with {model.info.module or 'no framework'}, not with {MODULE}; load it with that",
+            value=model.info.module,
+        )
+
+
+@contextmanager
+def _by_value(modules: list[ModuleType]) -> Iterator[None]:
+    registered: list[ModuleType] = []
+    try:
+        Model.enter_cloudpickle_context(modules, registered)
+        yield
+    finally:
+        Model.exit_cloudpickle_context(registered)
+
+
+@contextmanager
+def _one_error(tag: Tag) -> Iterator[None]:
+    """Turns what can go wrong while the files are written into one of this package's errors."""
+    try:
+        yield
+    except DetectronError:
+        raise
+    except Exception as exc:
+        raise SaveError(f"cannot save {tag}: {type(exc).__name__}: {exc}", value=str(tag)) from exc
