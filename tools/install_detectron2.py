@@ -156,9 +156,7 @@ def download(folder: Path) -> Path:
     """
     bundled = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl"))
     pip = str(bundled[-1] / "pip") if bundled else None
-    run_pip(
-        "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder), SDIST, pip=pip
-    )
+    run_pip("download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder), SDIST, pip=pip)
     (archive,) = folder.glob("*.tar.gz")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SDIST_SHA256:

@@ -83,7 +83,7 @@ def demo_config() -> CfgNode:
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.05
     cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
     cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 128
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 104
     cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
     cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 2
@@ -99,7 +99,7 @@ def demo_config() -> CfgNode:
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.SOLVER.IMS_PER_BATCH = 8
     cfg.SOLVER.BASE_LR = 0.04
-    cfg.SOLVER.MAX_ITER = 4000
+    cfg.SOLVER.MAX_ITER = 4400
     cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
     cfg.SOLVER.WARMUP_ITERS = 200
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
@@ -217,8 +217,7 @@ class DemoTrainer(DefaultTrainer):  # type: ignore[misc]
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         records = [
-            {"image_id": seed, "height": SIZE, "width": SIZE}
-            for seed in range(cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH)
+            {"image_id": seed, "height": SIZE, "width": SIZE} for seed in range(cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH)
         ]
         return build_detection_train_loader(
             records, mapper=training_example, total_batch_size=cfg.SOLVER.IMS_PER_BATCH, num_workers=0,

@@ -41,8 +41,7 @@ __all__ = [
 ]
 
 INSTALL_DETECTRON2 = (
-    "pip install torch torchvision && "
-    "pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation"
+    "pip install torch torchvision && pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation"
 )
 
 

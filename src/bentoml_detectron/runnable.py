@@ -38,7 +38,7 @@ def get_runnable(bento_model: bentoml.Model) -> type[bentoml.legacy.Runnable]:
     """
     options = bento_model.info.options
     partial_kwargs = options.partial_kwargs if isinstance(options, ModelOptions) else {}
-    is_predictor = bento_model.info.metadata.get(IS_PREDICTOR, True)
+    is_predictor = bool(bento_model.info.metadata.get(IS_PREDICTOR, True))
 
     class DetectronRunnable(bentoml.legacy.Runnable):
         """Holds the loaded model; see `get_runnable`."""

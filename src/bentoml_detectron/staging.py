@@ -77,7 +77,7 @@ def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Ca
         sync(content)
         with _locked(_area(store)):
             if final.exists():
-                raise SaveError(f"{name}:{version} is in the model store already; save it under a new version", value=str(final))
+                raise SaveError(f"{name}:{version} is in the model store already; give a new version", value=str(final))
             final.parent.mkdir(exist_ok=True)
             content.rename(final)
             try:

@@ -15,6 +15,7 @@ import cloudpickle
 from bentoml import Model, Tag
 from bentoml.exceptions import BentoMLException, NotFound
 
+from bentoml_detectron.artifact import manifest
 from bentoml_detectron.errors import (
     CorruptFileError,
     DetectronError,
@@ -26,7 +27,7 @@ from bentoml_detectron.staging import publish, staged
 
 # BentoML's adapters, its own and those of other distributions, all build on these.
 from bentoml._internal.configuration.containers import BentoMLContainer  # isort: skip
-from bentoml._internal.models.model import ModelContext, ModelInfo, PartialKwargsModelOptions  # isort: skip
+from bentoml._internal.models.model import ModelContext, ModelInfo, ModelSignature, PartialKwargsModelOptions  # isort: skip
 
 if TYPE_CHECKING:
     from bentoml._internal.models.model import ModelSignaturesType
@@ -53,12 +54,15 @@ def get(tag_like: str | Tag) -> Model:
     Raises:
         ModelNotFoundError: (``bentoml.exceptions.NotFound``) There is no such model, or another framework saved it.
         InvalidArgumentError: (``ValueError``) `tag_like` is no tag.
+        CorruptFileError: Its record is damaged.
     """
     _check_tag(tag_like)
     try:
-        model = bentoml.models.get(tag_like)
+        model: Model = bentoml.models.get(tag_like)
     except NotFound as exc:
         raise ModelNotFoundError(str(exc), value=str(tag_like)) from exc
+    except Exception as exc:  # a damaged record fails in BentoML in whatever way its bytes lead to
+        raise CorruptFileError(f"BentoML cannot read model.yaml of {tag_like}: {exc!r}", file="model.yaml") from exc
     _check_framework(model)
     return model
 
@@ -155,13 +159,11 @@ def save_model(
             tag=tag if tag.version else tag.make_new_version(),
             module=MODULE,
             api_version=API_VERSION,
-            signatures=copy.deepcopy(signatures) if signatures else {"__call__": {"batchable": False}},
+            signatures=copy.deepcopy(signatures) if signatures else {"__call__": ModelSignature(batchable=False)},
             labels=dict(labels or {}),
             options=PartialKwargsModelOptions(),
             metadata={**copy.deepcopy(metadata or {}), IS_PREDICTOR: is_predictor},
-            context=ModelContext(
-                framework_name="detectron2", framework_versions={"detectron2": folder.detectron2_version()}
-            ),
+            context=ModelContext(framework_name="detectron2", framework_versions={"detectron2": folder.detectron2_version()}),
         )
     except (TypeError, ValueError, BentoMLException) as exc:
         raise InvalidArgumentError(f"BentoML does not take these signatures, labels or metadata: {exc}") from exc
@@ -180,7 +182,8 @@ def save_model(
         folder.write_parts(content, module, cfg)
         folder.seal(content, cfg, is_predictor=is_predictor)
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
-    return bentoml.models.get(info.tag)
+    model: Model = bentoml.models.get(info.tag)
+    return model
 
 
 def _is_newer(info: ModelInfo, present: Path) -> bool:
@@ -204,6 +207,9 @@ def _check_tag(tag_like: object) -> Tag:
 
 def _check_framework(model: Model) -> None:
     if model.info.module not in MODULES:
+        folder = Path(model.path)
+        if (folder / manifest.MANIFEST).is_file():  # it is one of ours; then its record is damaged
+            manifest.check_file(folder, "model.yaml", manifest.read(folder))
         raise ModelNotFoundError(
             f"{model.tag} was saved with {model.info.module or 'no framework'}, not with {MODULE}; load it with that",
             value=model.info.module,

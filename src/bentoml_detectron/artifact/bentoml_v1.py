@@ -18,11 +18,13 @@ from bentoml_detectron.errors import CorruptFileError, UnsafeFileError
 CUSTOM_OBJECTS = "custom_objects.pkl"
 
 _OPCODES = frozenset(
-    "PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET "
-    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-    "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
-    "EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
-    "GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD".split()
+    """
+    PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
+    """.split()  # noqa: SIM905 (one name a line would be fifty lines)
 )
 _REFUSED = "refused: only a config and plain containers may be read from a pickle"
 
@@ -80,12 +82,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_opcodes(content: bytes) -> None:
-    count = 0
-    for opcode, argument, position in pickletools.genops(content):
-        count += 1
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(content), start=1):
         if opcode.name not in _OPCODES:
             _refuse(f"the opcode {opcode.name} (at byte {position})")
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > count:
             _refuse(f"memo entry {argument} (at byte {position})")  # the memo is an array of that length
-        if opcode.name == "STOP" and position + 1 != len(content):
+        if opcode.name == "STOP" and position is not None and position + 1 != len(content):
             _refuse(f"{len(content) - position - 1} bytes after its end")

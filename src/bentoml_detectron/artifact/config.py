@@ -42,14 +42,14 @@ MAX_VALUES = 100_000
 """Most values in a config; Detectron2's own has some 400."""
 
 Plain = dict[str, Any]
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _DETECTRON2_MODULE = re.compile(r"detectron2(\.[A-Za-z_][A-Za-z0-9_]*)+\Z")
 
 
-def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[Path_]]:
+def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[KeyPath]]:
     """Copies a config into plain dicts, lists and scalars.
 
     Args:
@@ -61,10 +61,10 @@ def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[Path_]]:
     Raises:
         InvalidArgumentError: The config holds something that YAML cannot say, or is nested too deep.
     """
-    tuples: list[Path_] = []
+    tuples: list[KeyPath] = []
     count = 0
 
-    def copy(value: Any, path: Path_) -> Any:
+    def copy(value: Any, path: KeyPath) -> Any:
         nonlocal count
         count += 1
         where = ".".join(map(str, path))
@@ -93,7 +93,7 @@ def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[Path_]]:
     return copy(cfg, ()), tuples
 
 
-def from_plain(plain: Plain, tuples: list[Path_] | list[list[str | int]]) -> CfgNode:
+def from_plain(plain: Plain, tuples: list[KeyPath] | list[list[str | int]]) -> CfgNode:
     """Builds the CfgNode again.
 
     What the config lacks against the installed Detectron2's defaults is added, so that a config saved with an earlier version
@@ -125,7 +125,9 @@ def from_plain(plain: Plain, tuples: list[Path_] | list[list[str | int]]) -> Cfg
 
 def dump(plain: Plain) -> bytes:
     """A plain config as YAML."""
-    text: bytes = yaml.dump(plain, Dumper=_DUMPER, sort_keys=True, default_flow_style=None, allow_unicode=True, encoding="utf-8")
+    text: bytes = yaml.dump(
+        plain, Dumper=_DUMPER, sort_keys=True, default_flow_style=None, allow_unicode=True, encoding="utf-8"
+    )
     return text
 
 
@@ -139,7 +141,7 @@ def read(folder: Path) -> Plain:
     text = files.read_small(folder, CONFIG)
     try:
         _check_events(text)
-        plain = yaml.load(text, Loader=_LOADER)  # noqa: S506 (a safe loader)
+        plain = yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, UnicodeError, ValueError, RecursionError) as exc:
         raise CorruptFileError(f"{CONFIG} in {folder} is no configuration: {exc}", file=CONFIG) from exc
     if not isinstance(plain, dict):
@@ -160,23 +162,22 @@ def _check_events(text: bytes) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         found = None
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if depth > MAX_DEPTH:
             found = f"nesting deeper than {MAX_DEPTH}"
-        elif isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
-            found = f"the anchor {event.anchor!r}"
-        elif getattr(event, "tag", None) is not None:
-            found = f"the tag {event.tag!r}"
+        elif anchor is not None:  # of an alias too
+            found = f"the anchor {anchor!r}"
+        elif tag is not None:
+            found = f"the tag {tag!r}"
         elif isinstance(event, yaml.ScalarEvent) and event.value == "_BASE_":
             found = "_BASE_, which would read another file"
         if found:
-            raise UnsafeFileError(f"{CONFIG} holds {found} (line {event.start_mark.line + 1})", file=CONFIG, value=found)
+            raise UnsafeFileError(f"{CONFIG} holds {found}", file=CONFIG, value=found)
 
 
 def input_of(cfg: CfgNode) -> Input:
     """How this config prepares an image."""
-    return Input(
-        format=cfg.INPUT.FORMAT, min_size_test=cfg.INPUT.MIN_SIZE_TEST, max_size_test=cfg.INPUT.MAX_SIZE_TEST
-    )
+    return Input(format=cfg.INPUT.FORMAT, min_size_test=cfg.INPUT.MIN_SIZE_TEST, max_size_test=cfg.INPUT.MAX_SIZE_TEST)
 
 
 def dataset_of(cfg: CfgNode) -> Dataset | None:

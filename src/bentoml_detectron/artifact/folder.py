@@ -8,15 +8,18 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from detectron2.config import CfgNode
 from torch import nn
 
 from bentoml_detectron import __version__
-from bentoml_detectron.artifact import bentoml_v1, config, files, manifest, weights
+from bentoml_detectron.artifact import bentoml_v1, config, manifest, weights
 from bentoml_detectron.artifact.manifest import Dataset, Manifest
 from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError, UnsafeFileError
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 BENTOML_FILES = ("model.yaml", "custom_objects.pkl")
 """What BentoML itself writes beside this package's files; the second is never read here."""

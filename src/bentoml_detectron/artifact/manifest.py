@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bentoml_detectron.artifact import files
 from bentoml_detectron.errors import CorruptFileError, UnsupportedFormatError
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest_sha256"
 
@@ -52,9 +52,9 @@ class Dataset(_Part):
     stuff_dataset_id_to_contiguous_id: _Ids | None = None
     keypoint_names: _Names | None = None
     keypoint_flip_map: Annotated[list[tuple[_Name, _Name]], Field(max_length=100_000)] | None = None
-    keypoint_connection_rules: (
-        Annotated[list[tuple[_Name, _Name, tuple[int, int, int]]], Field(max_length=100_000)] | None
-    ) = None
+    keypoint_connection_rules: Annotated[list[tuple[_Name, _Name, tuple[int, int, int]]], Field(max_length=100_000)] | None = (
+        None
+    )
 
 
 class Entry(_Part):
@@ -133,9 +133,7 @@ def read(folder: Path) -> Manifest:
 
 def record(folder: Path, name: str) -> FileRecord:
     """Takes a file's size and digests."""
-    return FileRecord(
-        size=files.size(folder, name), sha256=files.sha256(folder, name), xxh3_128=files.checksum(folder, name)
-    )
+    return FileRecord(size=files.size(folder, name), sha256=files.sha256(folder, name), xxh3_128=files.checksum(folder, name))
 
 
 def check_file(folder: Path, name: str, manifest: Manifest) -> None:

@@ -24,18 +24,18 @@ class _Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        from bentoml._internal.configuration import get_debug_mode
         from bentoml.exceptions import BentoMLException
 
         try:
             return super().invoke(ctx)
         except BentoMLException as exc:
-            if ctx.params.get("debug"):
+            if get_debug_mode():  # BentoML gives each of its commands the option --debug
                 raise
             click.echo(f"Error: {' '.join(str(exc).split())}", err=True)
             sys.exit(1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the whole traceback of an error.")
-def detectron(debug: bool) -> None:
+def detectron() -> None:
     """Save, load and serve Detectron2 models."""

@@ -12,7 +12,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 if TYPE_CHECKING:
     import numpy as np
 
-SCORE_THRESHOLD = 0.5
+SCORE_THRESHOLD = 0.6
 
 
 @click.command("demo")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from detectron2.engine import DefaultPredictor
 
-__all__ = ["CLASSES", "annotations", "config", "images", "predictor"]
+__all__ = ["CLASSES", "config", "ground_truth", "images", "predictor"]
 
 CLASSES = tuple("0123456789")
 DATASET = "handwritten_digits"
@@ -47,7 +47,7 @@ def images() -> list[Path]:
     return sorted((_HERE / "images").glob("*.jpg"))
 
 
-def annotations() -> dict[str, Any]:
+def ground_truth() -> dict[str, Any]:
     """What is on the sample images: a COCO dataset with boxes and RLE masks; category ids are 1 to 10."""
     loaded: dict[str, Any] = json.loads((_HERE / "annotations.json").read_text())
     return loaded

@@ -1,0 +1,52 @@
+"""Every test process has a model store of its own, set before BentoML first looks for it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_HOME = tempfile.mkdtemp(prefix="bentoml-home-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ["BENTOML_HOME"] = _HOME
+os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture(scope="session")
+def store() -> Path:
+    """This process's model store."""
+    folder = Path(_HOME) / "models"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def bentoml_home(tmp_path: Path) -> Path:
+    """An empty BENTOML_HOME for the processes that a test starts."""
+    home = tmp_path / "home"
+    (home / "models").mkdir(parents=True)
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_predictor():
+    """The demo model as Detectron2 itself builds and loads it."""
+    from bentoml_detectron import demo
+
+    return demo.predictor()
+
+
+@pytest.fixture(scope="session")
+def demo_image():
+    """A sample image, (192, 192, 3) uint8 in BGR."""
+    import numpy as np
+    from PIL import Image
+
+    from bentoml_detectron import demo
+
+    return np.ascontiguousarray(np.asarray(Image.open(demo.images()[0]).convert("RGB"))[:, :, ::-1])

@@ -1,0 +1,84 @@
+"""Run by test_crash.py: imports everything once, then forks a child for each save that the test wants to disturb.
+
+Reads lines from standard input: ``paused`` forks a child that stops itself before it saves; ``storm P N`` forks P children that
+save N times each, at once. Prints a child's process id, and its exit status once it ended: 0 saved, 3 refused with one of this
+package's errors, 4 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+
+import bentoml
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from bentoml_detectron import errors
+
+
+def small_cfg():
+    """A proposal network over one stage of a narrow ResNet: 70 tensors, 40 KB."""
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2"]
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
+    cfg.MODEL.RPN.IN_FEATURES = ["res2"]
+    return cfg
+
+
+def save(module, cfg) -> None:
+    bentoml.detectron.save_model("crash", module, cfg)
+
+
+def child(module, cfg, count: int, pause: bool) -> None:
+    if pause:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        for _ in range(count):
+            save(module, cfg)
+    except errors.DetectronError:
+        traceback.print_exc()
+        os._exit(3)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(4)
+    os._exit(0)
+
+
+def fork(*arguments) -> int:
+    pid = os.fork()
+    if pid == 0:
+        child(*arguments)
+    return pid
+
+
+def status(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def main() -> None:
+    cfg = small_cfg()
+    module = build_model(cfg).eval()
+    save(module, cfg)  # whatever is imported late is imported now
+    print("ready", flush=True)
+    for line in sys.stdin:
+        command, *numbers = line.split()
+        if command == "paused":
+            pid = fork(module, cfg, 1, True)
+            os.waitpid(pid, os.WUNTRACED)
+            print(pid, flush=True)
+            print(status(pid), flush=True)
+        else:
+            processes, saves = map(int, numbers)
+            pids = [fork(module, cfg, saves, False) for _ in range(processes)]
+            print(" ".join(str(status(pid)) for pid in pids), flush=True)
+
+
+main()

@@ -1,0 +1,381 @@
+"""Saving and loading through the public names: a model is whole, arguments are left alone, mistakes leave nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import bentoml
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from support import BLOCK_NETWORK, assert_same, built, checkpoint, picture, run_python, tiny_cfg, tree, tensors
+
+from bentoml_detectron import errors
+
+IN_ANOTHER_PROCESS = BLOCK_NETWORK + """
+import bentoml, numpy as np, torch
+tag, image, output = sys.argv[1:]
+model = bentoml.detectron.load_model(tag)
+image = np.load(image)
+if isinstance(model, torch.nn.Module):
+    with torch.no_grad():
+        result = model([{"image": torch.as_tensor(image.transpose(2, 0, 1).copy())}])[0]["instances"]
+else:
+    result = model(image)["instances"]
+torch.save({"boxes": result.pred_boxes.tensor, "scores": result.scores, "classes": result.pred_classes,
+            "masks": result.pred_masks}, output)
+"""
+
+
+@pytest.mark.parametrize("kind", ["predictor", "module"])
+def test_saved_model_is_whole_after_its_checkpoint_is_gone(kind, tmp_path, demo_image):
+    """In another process, without network and without the original file, the outputs are the same bit for bit."""
+    import numpy as np
+
+    from bentoml_detectron import demo
+
+    cfg = demo.config()
+    original = tmp_path / "original.pth"
+    original.write_bytes(Path(cfg.MODEL.WEIGHTS).read_bytes())
+    cfg.MODEL.WEIGHTS = str(original)
+    predictor = DefaultPredictor(cfg)
+    if kind == "predictor":
+        expected = predictor(demo_image)["instances"]
+        saved = bentoml.detectron.save_model("whole", predictor)
+    else:
+        with torch.no_grad():
+            tensor = torch.as_tensor(demo_image.transpose(2, 0, 1).copy())
+            expected = predictor.model([{"image": tensor}])[0]["instances"]
+        saved = bentoml.detectron.save_model("whole", predictor.model, cfg)
+    original.unlink()
+    np.save(tmp_path / "image.npy", demo_image)
+
+    run_python(IN_ANOTHER_PROCESS, str(saved.tag), str(tmp_path / "image.npy"), str(tmp_path / "result.pth"))
+
+    result = torch.load(tmp_path / "result.pth")
+    assert len(expected) > 3
+    for name, value in {
+        "boxes": expected.pred_boxes.tensor,
+        "scores": expected.scores,
+        "classes": expected.pred_classes,
+        "masks": expected.pred_masks,
+    }.items():
+        assert torch.equal(result[name], value), name
+
+
+def test_network_block_of_these_tests_blocks():
+    """The guard of the test above is not asleep."""
+    code = BLOCK_NETWORK + "import socket; socket.create_connection(('127.0.0.1', 9), 1)"
+    assert "network use" in run_python(code, check=False).stderr
+
+
+def test_loaded_predictor_is_a_default_predictor_with_the_same_config(demo_predictor):
+    saved = bentoml.detectron.save_model("same-config", demo_predictor)
+    loaded = bentoml.detectron.load_model(saved.tag)
+    assert type(loaded) is DefaultPredictor
+    before, after = demo_predictor.cfg.clone(), loaded.cfg.clone()
+    before.MODEL.WEIGHTS = after.MODEL.WEIGHTS = ""
+    assert before == after
+    assert type(after.DATASETS.TEST) is tuple
+    assert not loaded.model.training
+
+
+def test_loaded_predictors_config_names_the_stored_weights(demo_predictor, demo_image):
+    """Whoever builds a predictor from that config gets the saved model again."""
+    loaded = bentoml.detectron.load_model(bentoml.detectron.save_model("own-weights", demo_predictor))
+    assert_same(DefaultPredictor(loaded.cfg)(demo_image), demo_predictor(demo_image))
+
+
+def test_loaded_module_is_in_evaluation_mode_and_its_parameters_can_be_trained():
+    cfg = tiny_cfg()
+    module = built(cfg)
+    loaded = bentoml.detectron.load_model(bentoml.detectron.save_model("trainable", module, cfg))
+    assert not loaded.training
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in module.parameters()]
+    with torch.no_grad():
+        next(p for p in loaded.parameters() if p.requires_grad).add_(1)
+
+
+def test_changing_a_loaded_model_leaves_the_saved_one_alone():
+    """Weights are mapped from the file; writing to them must not write to it."""
+    cfg = tiny_cfg()
+    saved = bentoml.detectron.save_model("untouched", built(cfg), cfg)
+    before = Path(saved.path_of("saved_model.pth")).read_bytes()
+    loaded = bentoml.detectron.load_model(saved)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    assert Path(saved.path_of("saved_model.pth")).read_bytes() == before
+
+
+def test_class_names_come_back_in_a_process_that_does_not_know_the_dataset(demo_predictor):
+    saved = bentoml.detectron.save_model("names", demo_predictor)
+    code = "import bentoml, sys; print(bentoml.detectron.load_model(sys.argv[1]).metadata.thing_classes)"
+    assert run_python(code, str(saved.tag)).stdout.strip() == str([str(digit) for digit in range(10)])
+
+
+@pytest.mark.parametrize("kind", ["predictor", "module"])
+def test_device_id_is_honoured(kind, demo_predictor):
+    """Both kinds land on the named device, and a device that is not there is refused by name."""
+    cfg = demo_predictor.cfg
+    saved = bentoml.detectron.save_model(
+        "device", *((demo_predictor,) if kind == "predictor" else (demo_predictor.model, cfg))
+    )
+    loaded = bentoml.detectron.load_model(saved, device_id="cpu")
+    module = loaded.model if kind == "predictor" else loaded
+    assert {p.device for p in module.parameters()} == {torch.device("cpu")}
+    for wrong in ("cuda:7", "warp", "", "meta"):
+        with pytest.raises(errors.UnknownDeviceError) as caught:
+            bentoml.detectron.load_model(saved, device_id=wrong)
+        assert repr(wrong) in str(caught.value) or wrong == "meta"
+        assert caught.value.value == wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["predictor", "module"])
+def test_device_id_on_a_gpu(kind, demo_predictor, demo_image):
+    saved = bentoml.detectron.save_model(
+        "gpu", *((demo_predictor,) if kind == "predictor" else (demo_predictor.model, demo_predictor.cfg))
+    )
+    loaded = bentoml.detectron.load_model(saved, device_id="cuda:0")
+    module = loaded.model if kind == "predictor" else loaded
+    assert {p.device.type for p in module.parameters()} == {"cuda"}
+    if kind == "predictor":
+        assert loaded.cfg.MODEL.DEVICE == "cuda:0"
+        assert len(loaded(demo_image)["instances"]) > 3
+
+
+def test_nothing_of_the_callers_is_changed():
+    """A frozen config stays frozen, and dicts that are passed keep their content; BentoML's adapter wrote into them."""
+    cfg = tiny_cfg()
+    module = built(cfg)
+    module.train()
+    before = copy.deepcopy(cfg)
+    cfg.freeze()
+    given = {
+        "signatures": {"__call__": {"batchable": True, "batch_dim": 0}},
+        "labels": {"stage": "dev"},
+        "custom_objects": {"mine": [1, 2]},
+        "metadata": {"ap": 0.5, "nested": {"list": [1, {"a": 2}]}},
+    }
+    expected = copy.deepcopy(given)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+
+    saved = bentoml.detectron.save_model("manners", module, cfg, external_modules=[sys.modules["support"]], **given)
+    bentoml.detectron.load_model(saved)
+
+    assert given == expected
+    assert cfg == before
+    assert cfg.is_frozen()
+    assert module.training
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert saved.info.metadata == {**expected["metadata"], "_is_predictor": False}
+    assert saved.info.labels == expected["labels"]
+
+
+def test_one_config_may_be_shared_by_two_models():
+    cfg = tiny_cfg()
+    one, other = built(cfg, seed=1), built(cfg, seed=2)
+    saved = [bentoml.detectron.save_model("shared", module, cfg) for module in (one, other)]
+    for module, model in zip((one, other), saved, strict=True):
+        loaded = bentoml.detectron.load_model(model)
+        for name, value in module.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_record_of_a_saved_model_is_what_the_contract_says(demo_predictor):
+    saved = bentoml.detectron.save_model("record", demo_predictor, custom_objects={"mine": 7})
+    assert saved.info.module == "bentoml.detectron"
+    assert saved.info.metadata["_is_predictor"] is True
+    assert saved.info.signatures["__call__"].batchable is False
+    assert saved.info.context.framework_name == "detectron2"
+    assert saved.custom_objects["mine"] == 7  # BentoML's own reader, which unpickles
+    assert saved.custom_objects["config"] == demo_predictor.cfg
+    assert {path.name for path in Path(saved.path).iterdir()} == {
+        "model.yaml", "saved_model.pth", "config.yaml", "custom_objects.pkl", "manifest.json",
+    }  # fmt: skip
+    assert torch.load(saved.path_of("saved_model.pth"), weights_only=True)["model"].keys() == (
+        demo_predictor.model.state_dict().keys()
+    )
+
+
+def test_config_beside_a_predictor_is_ignored_with_a_warning(demo_predictor, caplog):
+    saved = bentoml.detectron.save_model("ignored", demo_predictor, tiny_cfg())
+    assert "config is ignored" in caplog.text
+    assert bentoml.detectron.load_model(saved).cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
+
+
+def test_half_precision_weights_stay_half_precision():
+    cfg = tiny_cfg()
+    module = built(cfg).half()
+    loaded = bentoml.detectron.load_model(bentoml.detectron.save_model("half", module, cfg))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float16}
+
+
+def test_data_parallel_module_is_saved_as_the_module_inside():
+    cfg = tiny_cfg()
+    module = built(cfg)
+    saved = bentoml.detectron.save_model("parallel", torch.nn.DataParallel(module), cfg)
+    assert bentoml.detectron.load_model(saved).state_dict().keys() == module.state_dict().keys()
+
+
+class TestMistakes:
+    """Each is a clear error, and the store is afterwards what it was."""
+
+    @pytest.fixture(autouse=True)
+    def _store_unchanged(self, store):
+        before = tree(store)
+        staging = store.with_name("models.staging")
+        yield
+        assert tree(store) == before
+        assert [path.name for path in staging.glob("*")] in ([], ["lock"])
+
+    def test_module_without_config(self):
+        with pytest.raises(ValueError, match="config is required"):
+            bentoml.detectron.save_model("mistake", built(tiny_cfg()))
+
+    @pytest.mark.parametrize("config", [{}, "config.yaml", 7])
+    def test_config_of_the_wrong_type(self, config):
+        with pytest.raises(errors.InvalidArgumentError, match=type(config).__name__):
+            bentoml.detectron.save_model("mistake", built(tiny_cfg()), config)
+
+    @pytest.mark.parametrize("checkpointables", [None, {}, "model.pth", tiny_cfg])
+    def test_checkpointables_of_the_wrong_type(self, checkpointables):
+        with pytest.raises(errors.InvalidArgumentError, match="DefaultPredictor or a torch.nn.Module"):
+            bentoml.detectron.save_model("mistake", checkpointables, tiny_cfg())
+
+    @pytest.mark.parametrize("name", ["with space", "", "../up", "a/b", "x" * 64, "name:", 7, None, "-a"])
+    def test_name_that_is_no_tag(self, name, demo_predictor):
+        with pytest.raises(errors.InvalidArgumentError, match="is no tag"):
+            bentoml.detectron.save_model(name, demo_predictor)
+        with pytest.raises(errors.InvalidArgumentError, match="is no tag"):
+            bentoml.detectron.get(name)
+
+    def test_labels_and_metadata_that_bentoml_does_not_take(self, demo_predictor):
+        with pytest.raises(errors.InvalidArgumentError, match="label"):
+            bentoml.detectron.save_model("mistake", demo_predictor, labels="stage")
+        with pytest.raises(errors.InvalidArgumentError, match="metadata"):
+            bentoml.detectron.save_model("mistake", demo_predictor, metadata={"a": object()})
+
+    def test_custom_object_that_cannot_be_pickled(self, demo_predictor):
+        with pytest.raises(errors.SaveError, match="pickle"):
+            bentoml.detectron.save_model("mistake", demo_predictor, custom_objects={"lock": __import__("threading").Lock()})
+
+    def test_config_that_is_not_plain_data(self):
+        cfg = tiny_cfg()
+        module = built(cfg)
+        cfg.MODEL["EXTRA"] = torch.zeros(3)
+        with pytest.raises(errors.InvalidArgumentError, match=r"config\.MODEL\.EXTRA"):
+            bentoml.detectron.save_model("mistake", module, cfg)
+
+    def test_config_of_another_model(self):
+        """All that is missing, unexpected and misshaped is listed."""
+        cfg = tiny_cfg()
+        module = built(cfg)
+        other = cfg.clone()
+        other.MODEL.ROI_HEADS.NUM_CLASSES = 7
+        other.MODEL.MASK_ON = True
+        with pytest.raises(errors.WeightsMismatchError) as caught:
+            bentoml.detectron.save_model("mistake", module, other)
+        assert "roi_heads.mask_head.deconv.weight" in caught.value.missing
+        assert caught.value.misshaped["roi_heads.box_predictor.cls_score.weight"] == ((6, 16), (8, 16))
+        assert "missing: roi_heads.mask_head.deconv.weight" in str(caught.value)
+        module.extra = torch.nn.Linear(1, 1)
+        with pytest.raises(errors.WeightsMismatchError) as caught:
+            bentoml.detectron.save_model("mistake", module, cfg)
+        assert caught.value.unexpected == ("extra.weight", "extra.bias")
+
+    def test_config_that_names_what_nobody_registered(self):
+        cfg = tiny_cfg()
+        module = built(cfg)
+        cfg.MODEL.META_ARCHITECTURE = "NobodyMadeThis"
+        with pytest.raises(errors.UnknownEntryError, match="NobodyMadeThis"):
+            bentoml.detectron.save_model("mistake", module, cfg)
+
+    def test_version_that_exists(self, demo_predictor, store):
+        saved = bentoml.detectron.save_model("twice:one", demo_predictor)
+        before = tree(store)
+        with pytest.raises(errors.SaveError, match="twice:one is in the model store already"):
+            bentoml.detectron.save_model("twice:one", demo_predictor)
+        assert tree(store) == before
+        bentoml.models.delete(saved.tag)
+
+    def test_unknown_model(self):
+        with pytest.raises(bentoml.exceptions.NotFound, match="nobody-saved-this"):
+            bentoml.detectron.load_model("nobody-saved-this:latest")
+
+    def test_model_of_another_framework(self):
+        with bentoml.models.create("other", module="bentoml.sklearn") as other:
+            pass
+        for use in (bentoml.detectron.get, bentoml.detectron.load_model):
+            with pytest.raises(bentoml.exceptions.NotFound, match=r"bentoml\.sklearn"):
+                use(other.tag)
+        with pytest.raises(bentoml.exceptions.NotFound, match=r"bentoml\.sklearn"):
+            bentoml.detectron.load_model(other)
+        bentoml.models.delete(other.tag)
+
+
+def test_weights_that_do_not_fit_are_listed_on_load():
+    """Detectron2 only logs them."""
+    cfg = tiny_cfg()
+    saved = bentoml.detectron.save_model("damaged-names", built(cfg), cfg)
+    path = Path(saved.path_of("saved_model.pth"))
+    state = torch.load(path, weights_only=True)["model"]
+    state["surprise"] = torch.zeros(1)
+    del state["roi_heads.box_predictor.bbox_pred.bias"]
+    state["roi_heads.box_predictor.cls_score.bias"] = torch.zeros(9)
+    torch.save({"model": state}, path)
+    from bentoml_detectron.artifact import folder
+
+    (Path(saved.path) / "manifest.json").unlink()
+    folder.seal(Path(saved.path), cfg, is_predictor=False)  # so that the digests are right
+    with pytest.raises(errors.WeightsMismatchError) as caught:
+        bentoml.detectron.load_model(saved)
+    assert caught.value.missing == ("roi_heads.box_predictor.bbox_pred.bias",)
+    assert caught.value.unexpected == ("surprise",)
+    assert caught.value.misshaped == {"roi_heads.box_predictor.cls_score.bias": ((9,), (6,))}
+
+
+def test_export_and_import_keep_a_model_whole(tmp_path, demo_predictor, demo_image):
+    saved = bentoml.detectron.save_model("travel", demo_predictor)
+    path = bentoml.models.export_model(saved.tag, str(tmp_path / "travel.bentomodel"))
+    bentoml.models.delete(saved.tag)
+    imported = bentoml.models.import_model(path)
+    assert_same(bentoml.detectron.load_model(imported.tag)(demo_image), demo_predictor(demo_image))
+
+
+def test_missing_detectron2_is_said_with_the_install_line(tmp_path):
+    """Where Detectron2 cannot be imported, BentoML's own exception says how to install it."""
+    code = """
+import sys
+sys.modules["detectron2"] = None
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "detectron2":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.modules.pop("detectron2")
+sys.meta_path.insert(0, Gone())
+import bentoml
+try:
+    bentoml.detectron.save_model("x", None)
+except bentoml.exceptions.MissingDependencyException as exc:
+    print(exc)
+"""
+    output = run_python(code).stdout
+    assert "pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation" in output
+
+
+def test_checkpoint_with_frozen_config_from_a_file(tmp_path):
+    """The usual way: a config file's config, frozen, with a checkpoint."""
+    cfg = checkpoint(tiny_cfg(), tmp_path / "model.pth")
+    cfg.freeze()
+    predictor = DefaultPredictor(cfg)
+    expected = predictor(picture())
+    saved = bentoml.detectron.save_model("frozen", predictor)
+    os.unlink(tmp_path / "model.pth")
+    assert_same(bentoml.detectron.load_model(saved)(picture()), expected)
+    assert tensors(expected)[".instances.scores"].numel() > 5
