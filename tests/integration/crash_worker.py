@@ -11,26 +11,15 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import bentoml
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from bentoml_detectron import errors
 
-
-def small_cfg():
-    """A proposal network over one stage of a narrow ResNet: 70 tensors, 40 KB."""
-    cfg = get_cfg()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2"]
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
-    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
-    cfg.MODEL.RPN.IN_FEATURES = ["res2"]
-    return cfg
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support import small_cfg
 
 
 def save(module, cfg) -> None:

@@ -15,7 +15,9 @@ from support import BLOCK_NETWORK, assert_same, built, checkpoint, picture, run_
 
 from bentoml_detectron import errors
 
-IN_ANOTHER_PROCESS = BLOCK_NETWORK + """
+IN_ANOTHER_PROCESS = (
+    BLOCK_NETWORK
+    + """
 import bentoml, numpy as np, torch
 tag, image, output = sys.argv[1:]
 model = bentoml.detectron.load_model(tag)
@@ -28,6 +30,7 @@ else:
 torch.save({"boxes": result.pred_boxes.tensor, "scores": result.scores, "classes": result.pred_classes,
             "masks": result.pred_masks}, output)
 """
+)
 
 
 @pytest.mark.parametrize("kind", ["predictor", "module"])
@@ -121,9 +124,7 @@ def test_class_names_come_back_in_a_process_that_does_not_know_the_dataset(demo_
 def test_device_id_is_honoured(kind, demo_predictor):
     """Both kinds land on the named device, and a device that is not there is refused by name."""
     cfg = demo_predictor.cfg
-    saved = bentoml.detectron.save_model(
-        "device", *((demo_predictor,) if kind == "predictor" else (demo_predictor.model, cfg))
-    )
+    saved = bentoml.detectron.save_model("device", *((demo_predictor,) if kind == "predictor" else (demo_predictor.model, cfg)))
     loaded = bentoml.detectron.load_model(saved, device_id="cpu")
     module = loaded.model if kind == "predictor" else loaded
     assert {p.device for p in module.parameters()} == {torch.device("cpu")}

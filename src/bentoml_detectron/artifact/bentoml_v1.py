@@ -23,6 +23,7 @@ _OPCODES = frozenset(
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
     EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    EMPTY_SET ADDITEMS FROZENSET
     GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
     """.split()  # noqa: SIM905 (one name a line would be fifty lines)
 )
@@ -41,6 +42,8 @@ _CLASSES: dict[tuple[str, str], Any] = {
     ("fvcore.common.config", "CfgNode"): _Node,
     ("yacs.config", "CfgNode"): _Node,
     ("collections", "OrderedDict"): dict,
+    ("builtins", "set"): set,  # a CfgNode's bookkeeping has some; by name in protocols before 4
+    ("__builtin__", "set"): set,
 }
 
 
@@ -49,7 +52,7 @@ def _refuse(what: object) -> NoReturn:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Knows four names, and gives an inert dict for each."""
+    """Knows the names above, and gives an inert container for each."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _CLASSES:

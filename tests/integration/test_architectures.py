@@ -1,0 +1,210 @@
+"""Every family of Detectron2's zoo that a pure-Python build can run: saved, loaded, and the same outputs bit for bit.
+
+The configs are the zoo's own, made narrower, with random weights. FCOS is in the zoo as a LazyConfig only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import bentoml
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.structures import Boxes, Instances
+from support import assert_same, built, picture, run_python, tensors
+
+ZOO = {
+    "Faster R-CNN, C4": "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
+    "Faster R-CNN, DC5": "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml",
+    "Faster R-CNN, FPN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "Faster R-CNN, FPN, ResNeXt": "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
+    "Fast R-CNN, FPN": "COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml",
+    "RetinaNet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    "RPN, C4": "COCO-Detection/rpn_R_50_C4_1x.yaml",
+    "RPN, FPN": "COCO-Detection/rpn_R_50_FPN_1x.yaml",
+    "Mask R-CNN, C4": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
+    "Mask R-CNN, DC5": "COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x.yaml",
+    "Mask R-CNN, FPN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "Mask R-CNN, GroupNorm": "Misc/mask_rcnn_R_50_FPN_3x_gn.yaml",
+    "Mask R-CNN, SyncBN": "Misc/mask_rcnn_R_50_FPN_3x_syncbn.yaml",
+    "Mask R-CNN, class-agnostic": "Misc/mask_rcnn_R_50_FPN_1x_cls_agnostic.yaml",
+    "Mask R-CNN, deformable convolution": "Misc/mask_rcnn_R_50_FPN_1x_dconv_c3-c5.yaml",
+    "Mask R-CNN, LVIS": "LVISv1-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+    "Mask R-CNN, Cityscapes": "Cityscapes/mask_rcnn_R_50_FPN.yaml",
+    "Cascade Mask R-CNN": "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    "Keypoint R-CNN": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+    "Semantic FPN": "Misc/semantic_R_50_FPN_1x.yaml",
+    "Panoptic FPN": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+}
+
+
+def zoo_config(name: str):
+    """A zoo config with an eighth of the channels, thresholds that let everything through, and for small images."""
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file(name))
+    return narrowed(cfg)
+
+
+def narrowed(cfg):
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    least = 32 if cfg.MODEL.RESNETS.NORM == "GN" else 8  # GroupNorm has 32 groups
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = least
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = least if cfg.MODEL.RESNETS.NUM_GROUPS == 1 else 1
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        cfg.MODEL.RESNETS.NORM = "BN"  # with statistics of their own, so that activations stay finite
+    cfg.MODEL.PIXEL_STD = [5000.0, 5000.0, 5000.0]  # random weights amplify
+    cfg.MODEL.FPN.OUT_CHANNELS = 32
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 32
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 255
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = 32
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 32
+    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [32, 32]
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = 0.0
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 50
+    cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    cfg.INPUT.MIN_SIZE_TEST = 128
+    cfg.INPUT.MAX_SIZE_TEST = 160
+    return cfg
+
+
+def point_rend():
+    from detectron2.projects.point_rend import add_pointrend_config
+
+    cfg = get_cfg()
+    add_pointrend_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "PointRendMaskHead"
+    cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = ""
+    cfg.MODEL.ROI_MASK_HEAD.FC_DIM = 32
+    cfg.MODEL.POINT_HEAD.FC_DIM = 16
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = 80
+    return narrowed(cfg)
+
+
+def point_rend_semantic():
+    from detectron2.projects.point_rend import add_pointrend_config
+
+    cfg = get_cfg()
+    add_pointrend_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file("Misc/semantic_R_50_FPN_1x.yaml"))
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "PointRendSemSegHead"
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    cfg.MODEL.POINT_HEAD.FC_DIM = 16
+    cfg.MODEL.POINT_HEAD.SUBDIVISION_NUM_POINTS = 256
+    return narrowed(cfg)
+
+
+def deeplab():
+    from detectron2.projects.deeplab import add_deeplab_config
+
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_deeplab_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res5"]
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "DeepLabV3PlusHead"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res5"]
+    cfg.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS = 16
+    cfg.MODEL.SEM_SEG_HEAD.NORM = "BN"
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 19
+    return narrowed(cfg)
+
+
+def panoptic_deeplab():
+    from detectron2.projects.panoptic_deeplab import add_panoptic_deeplab_config
+
+    cfg = get_cfg()
+    add_panoptic_deeplab_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "PanopticDeepLab"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_deeplab_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res5"]
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "PanopticDeepLabSemSegHead"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res5"]
+    cfg.MODEL.SEM_SEG_HEAD.PROJECT_FEATURES = ["res2", "res3"]
+    cfg.MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS = [8, 8]
+    cfg.MODEL.SEM_SEG_HEAD.HEAD_CHANNELS = 16
+    cfg.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS = 16
+    cfg.MODEL.SEM_SEG_HEAD.NORM = "BN"
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 19
+    cfg.MODEL.INS_EMBED_HEAD.ASPP_CHANNELS = 16
+    cfg.MODEL.INS_EMBED_HEAD.CONVS_DIM = 16
+    cfg.MODEL.INS_EMBED_HEAD.NORM = "BN"
+    cfg.MODEL.PANOPTIC_DEEPLAB.CENTER_THRESHOLD = 0.0
+    cfg.MODEL.PANOPTIC_DEEPLAB.STUFF_AREA = 1
+    # The dataset tells which classes are things.
+    cfg.DATASETS.TRAIN = ("cityscapes_fine_panoptic_train",)
+    cfg.DATASETS.TEST = ("cityscapes_fine_panoptic_val",)
+    return narrowed(cfg)
+
+
+PROJECTS = {
+    "PointRend": point_rend,
+    "PointRend, semantic": point_rend_semantic,
+    "DeepLab v3+": deeplab,
+    "Panoptic-DeepLab": panoptic_deeplab,
+}
+
+
+def outputs(module: torch.nn.Module, precomputed_proposals: bool = False):
+    """What a module makes of one fixed image; the image is fed to it in its own channel order."""
+    image = torch.as_tensor(picture(128, 128).transpose(2, 0, 1).copy())
+    request = {"image": image, "height": 120, "width": 130}
+    if precomputed_proposals:
+        corners = torch.tensor([[4.0, 4, 60, 70], [30, 20, 120, 110]])
+        request["proposals"] = Instances((128, 128), proposal_boxes=Boxes(corners), objectness_logits=torch.zeros(2))
+    torch.manual_seed(0)  # PointRend draws points in training alone; nothing else draws
+    with torch.no_grad():
+        return module([request])
+
+
+def check(cfg, name: str) -> None:
+    module = built(cfg)
+    fast_rcnn = cfg.MODEL.LOAD_PROPOSALS
+    expected = outputs(module, fast_rcnn)
+    assert all(torch.isfinite(value.float()).all() for value in tensors(expected).values())
+    saved = bentoml.detectron.save_model("family", module, cfg)
+    try:
+        assert_same(outputs(bentoml.detectron.load_model(saved), fast_rcnn), expected)
+    finally:
+        bentoml.models.delete(saved.tag)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO.values(), ids=ZOO.keys())
+def test_zoo_family(name):
+    check(zoo_config(name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", PROJECTS.values(), ids=PROJECTS.keys())
+def test_project(config):
+    check(config(), config.__name__)
+
+
+@pytest.mark.slow
+def test_project_loads_in_a_process_that_did_not_import_it():
+    """The manifest names the modules of Detectron2 that define the model's parts, and loading imports those."""
+    cfg = point_rend()
+    saved = bentoml.detectron.save_model("project", built(cfg), cfg)
+    code = "import bentoml, sys; m = bentoml.detectron.load_model(sys.argv[1]); print(type(m.roi_heads.mask_head).__module__)"
+    assert run_python(code, str(saved.tag)).stdout.strip() == "detectron2.projects.point_rend.mask_head"
+
+
+def test_what_needs_compiled_ops_says_so():
+    """Rotated boxes need them; the pure build names the op and the official install line."""
+    from detectron2.layers import nms_rotated
+
+    if not importlib.metadata.version("detectron2").endswith("+pure"):
+        pytest.skip("this Detectron2 has its compiled ops")
+    with pytest.raises(ImportError, match=r"nms_rotated.*git\+https://github.com/facebookresearch/detectron2"):
+        nms_rotated(torch.zeros(1, 5), torch.zeros(1), 0.5)
