@@ -1,7 +1,8 @@
 """Wrote the models in bentoml_1_3/, with BentoML 1.3.22's own adapter.
 
-Run in an empty folder: ``BENTOML_HOME=$PWD/home python make_bentoml_1_3.py``, where BentoML 1.3.22 is installed beside Detectron2;
-then move ``home/models/old_*/*/`` here. The config names its weights as ``model_final.pth``, a relative path.
+Run in an empty folder, where BentoML 1.3.22 is installed beside Detectron2: ``BENTOML_HOME=$PWD/home python
+make_bentoml_1_3.py``; then move ``home/models/old_*/*/`` here. The config names its weights by
+the relative path ``model_final.pth``.
 """
 
 import sys

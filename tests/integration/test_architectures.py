@@ -13,6 +13,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.structures import Boxes, Instances
+
 from support import assert_same, built, picture, run_python, tensors
 
 ZOO = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from bentoml._internal.frameworks import detectron as adapter
 from detectron2.engine import DefaultPredictor
+
 from support import assert_same, built, checkpoint, picture, small_cfg, tensors, tiny_cfg
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "bentoml_1_3"
@@ -28,7 +29,7 @@ def predictor(tmp_path):
 
 
 def test_predictor_of_bentoml_1_4_loads_from_its_stored_weights(predictor, tmp_path):
-    """Where the original weights are the stored ones there is nothing to warn of; where they are gone, it loads all the same."""
+    """Nothing to warn of where the original weights are the stored ones; where they are gone, it loads all the same."""
     expected = predictor(picture())
     saved = adapter.save_model("old-predictor", predictor)
     with warnings.catch_warnings():
@@ -79,7 +80,7 @@ def test_models_of_bentoml_1_3_load(kind, store, tmp_path, monkeypatch):
     assert type(loaded) is (DefaultPredictor if kind == "predictor" else type(original))
     assert_same(run(loaded.model if kind == "predictor" else loaded), run(original))
     if kind == "predictor":
-        assert loaded.cfg.MODEL.WEIGHTS == str(folder / "saved_model.pth")
+        assert str(folder / "saved_model.pth") == loaded.cfg.MODEL.WEIGHTS
 
 
 def test_our_models_load_in_bentomls_adapter(predictor):
@@ -96,7 +97,7 @@ def test_our_models_load_in_bentomls_adapter(predictor):
 def test_old_models_run_in_our_runnable(predictor):
     saved = adapter.save_model("old-runs", predictor)
     runnable = bentoml.detectron.get_runnable(bentoml.detectron.get(saved.tag))()
-    assert_same(getattr(runnable, "__call__")(picture()), predictor(picture()))  # noqa: B004
+    assert_same(runnable.__call__(picture()), predictor(picture()))
 
 
 def test_saving_an_old_model_again_makes_it_one_of_ours(predictor):

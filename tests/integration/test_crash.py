@@ -19,9 +19,9 @@ from pathlib import Path
 import bentoml
 import pytest
 from bentoml._internal.models.model import ModelStore
-from support import built, tiny_cfg
 
 from bentoml_detectron import errors
+from support import built, tiny_cfg
 
 pytestmark = pytest.mark.slow
 

@@ -6,6 +6,7 @@ import bentoml
 import numpy as np
 import pytest
 import torch
+
 from support import assert_same, built, picture, tiny_cfg
 
 BATCHABLE = {"__call__": {"batchable": True, "batch_dim": 0}}
@@ -19,6 +20,7 @@ def module():
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
     from detectron2.engine import DefaultPredictor
+
     from support import checkpoint
 
     cfg = tiny_cfg()
@@ -70,7 +72,7 @@ def test_batchable_runs_images_as_one_batch(kind, module, predictor, monkeypatch
     calls = []
     forward = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, inputs: calls.append(len(inputs)) or forward(self, inputs))
-    results = getattr(runnable, "__call__")(images if kind == "predictor" else [chw(image) for image in images])  # noqa: B004
+    results = runnable.__call__(images if kind == "predictor" else [chw(image) for image in images])
     assert calls == [3]
     assert len(results) == 3
     for image, result in zip(images, results, strict=True):
@@ -110,7 +112,7 @@ def test_runs_in_inference_mode(module, monkeypatch):
         "forward",
         lambda self, inputs: modes.append(torch.is_inference_mode_enabled()) or forward(self, inputs),
     )
-    getattr(runnable, "__call__")(chw(picture()))  # noqa: B004
+    runnable.__call__(chw(picture()))
     assert modes == [True]
 
 

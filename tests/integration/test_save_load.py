@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import bentoml
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
-from support import BLOCK_NETWORK, assert_same, built, checkpoint, picture, run_python, tiny_cfg, tree, tensors
 
 from bentoml_detectron import errors
+from support import BLOCK_NETWORK, assert_same, built, checkpoint, picture, run_python, tensors, tiny_cfg, tree
 
 IN_ANOTHER_PROCESS = (
     BLOCK_NETWORK
@@ -246,7 +245,7 @@ class TestMistakes:
 
     @pytest.mark.parametrize("checkpointables", [None, {}, "model.pth", tiny_cfg])
     def test_checkpointables_of_the_wrong_type(self, checkpointables):
-        with pytest.raises(errors.InvalidArgumentError, match="DefaultPredictor or a torch.nn.Module"):
+        with pytest.raises(errors.InvalidArgumentError, match=r"DefaultPredictor or a torch\.nn\.Module"):
             bentoml.detectron.save_model("mistake", checkpointables, tiny_cfg())
 
     @pytest.mark.parametrize("name", ["with space", "", "../up", "a/b", "x" * 64, "name:", 7, None, "-a"])
@@ -377,6 +376,6 @@ def test_checkpoint_with_frozen_config_from_a_file(tmp_path):
     predictor = DefaultPredictor(cfg)
     expected = predictor(picture())
     saved = bentoml.detectron.save_model("frozen", predictor)
-    os.unlink(tmp_path / "model.pth")
+    (tmp_path / "model.pth").unlink()
     assert_same(bentoml.detectron.load_model(saved)(picture()), expected)
     assert tensors(expected)[".instances.scores"].numel() > 5

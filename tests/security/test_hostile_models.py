@@ -22,11 +22,11 @@ import bentoml
 import pytest
 import torch
 import yaml
-from support import built, tiny_cfg
 
 from bentoml_detectron import errors
 from bentoml_detectron.artifact import folder as artifact
 from bentoml_detectron.artifact import manifest
+from support import built, tiny_cfg
 
 
 class Payload:

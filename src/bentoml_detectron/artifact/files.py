@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import stat
 from pathlib import Path
+from typing import Protocol
 
 import xxhash
 
@@ -56,23 +56,33 @@ def read_small(folder: Path, name: str, limit: int = SMALL) -> bytes:
     return content
 
 
+class _Hash(Protocol):
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 def checksum(folder: Path, name: str) -> str:
     """XXH3-128 of a file, in hexadecimal.
 
     It finds damage at the speed of memory, which SHA-256 does not; it does not stop someone who means to deceive. Neither does
     a SHA-256 that lies beside the file.
     """
-    with os.fdopen(open_inside(folder, name), "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return xxhash.xxh3_128_hexdigest(b"")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return xxhash.xxh3_128_hexdigest(content)
+    return _digest(folder, name, xxhash.xxh3_128())
 
 
 def sha256(folder: Path, name: str) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with os.fdopen(open_inside(folder, name), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest(folder, name, hashlib.sha256())
+
+
+def _digest(folder: Path, name: str, digest: _Hash) -> str:
+    # In pieces: a mapped file would count as this process's memory.
+    buffer = memoryview(bytearray(_CHUNK))
+    with os.fdopen(open_inside(folder, name), "rb", buffering=0) as file:
+        while length := file.readinto(buffer):
+            digest.update(buffer[:length])
+    return digest.hexdigest()
 
 
 def size(folder: Path, name: str) -> int:

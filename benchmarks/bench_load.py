@@ -1,0 +1,66 @@
+"""How long a saved Mask R-CNN R50-FPN takes to load, against BentoML's own adapter, in turn, in one process.
+
+BentoML's adapter builds ``DefaultPredictor(cfg)``: it initialises the model at random and then reads the original checkpoint.
+
+Usage::
+
+    python benchmarks/bench_load.py [--pairs 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+import warnings
+
+os.environ["BENTOML_HOME"] = (home := tempfile.TemporaryDirectory(prefix="bench-load-")).name
+os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+warnings.simplefilter("ignore")
+
+import bentoml
+import torch
+from bentoml._internal.frameworks import detectron as adapter
+from detectron2 import model_zoo
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+
+
+def seconds(load, tag) -> float:
+    start = time.perf_counter()
+    predictor = load(tag)
+    elapsed = time.perf_counter() - start
+    assert isinstance(predictor, DefaultPredictor)
+    return elapsed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=9)
+    pairs = parser.parse_args().pairs
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = f"{home.name}/model_final.pth"
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    tag = bentoml.detectron.save_model("bench", DefaultPredictor(cfg)).tag
+
+    ours, theirs = bentoml.detectron.load_model(tag), adapter.load_model(tag)  # warm, and equal
+    state = theirs.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in ours.model.state_dict().items())
+
+    times = [(seconds(adapter.load_model, tag), seconds(bentoml.detectron.load_model, tag)) for _ in range(pairs)]
+    old, new = (statistics.median(column) for column in zip(*times, strict=True))
+    ratios = sorted(a / b for a, b in times)
+    print(f"Loading Mask R-CNN R50-FPN, median of {pairs} pairs, {torch.get_num_threads()} threads")
+    print("| loader | seconds |\n|---|---|")
+    print(f"| BentoML's adapter | {old:.3f} |\n| this package | {new:.3f} |")
+    print(f"ratio, pair by pair: median {statistics.median(ratios):.1f} (min {ratios[0]:.1f}, max {ratios[-1]:.1f})")
+
+
+if __name__ == "__main__":
+    main()

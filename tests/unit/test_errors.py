@@ -1,0 +1,48 @@
+"""The tree of errors: each is under the right exception of BentoML, and carries its value."""
+
+from __future__ import annotations
+
+import pytest
+from bentoml import exceptions as bentoml_exceptions
+
+from bentoml_detectron import errors
+
+
+def test_all_names_what_is_there():
+    public = {name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__}
+    assert set(errors.__all__) == public
+
+
+@pytest.mark.parametrize(
+    ("kind", "parents", "status"),
+    [
+        (errors.InvalidArgumentError, (bentoml_exceptions.InvalidArgument, ValueError), 400),
+        (errors.UnknownDeviceError, (bentoml_exceptions.InvalidArgument, ValueError), 400),
+        (errors.ModelNotFoundError, (bentoml_exceptions.NotFound,), 404),
+        (errors.DetectronMissingError, (bentoml_exceptions.MissingDependencyException,), 500),
+        (errors.InvalidModelError, (), 500),
+        (errors.CorruptFileError, (errors.InvalidModelError,), 500),
+        (errors.UnsafeFileError, (errors.InvalidModelError,), 500),
+        (errors.UnsupportedFormatError, (errors.InvalidModelError,), 500),
+        (errors.UnknownEntryError, (errors.InvalidModelError,), 500),
+        (errors.WeightsMismatchError, (errors.InvalidModelError,), 500),
+        (errors.SaveError, (), 500),
+    ],
+)
+def test_place_in_the_tree(kind, parents, status):
+    for parent in (errors.DetectronError, bentoml_exceptions.BentoMLException, *parents):
+        assert issubclass(kind, parent)
+    assert kind.error_code == status
+
+
+def test_every_class_is_in_the_drawing():
+    for name in errors.__all__:
+        assert name in errors.__doc__
+
+
+def test_values_are_attributes():
+    assert errors.InvalidArgumentError("no", value=7).value == 7
+    assert errors.CorruptFileError("no", file="config.yaml").file == "config.yaml"
+    mismatch = errors.WeightsMismatchError("no", missing=["a"], unexpected=["b"], misshaped={"c": ((1,), (2,))}, file="f")
+    assert (mismatch.missing, mismatch.unexpected, mismatch.misshaped) == (("a",), ("b",), {"c": ((1,), (2,))})
+    assert str(mismatch) == "no\n  missing: a\n  unexpected: b\n  misshaped: c is (1,), should be (2,)"

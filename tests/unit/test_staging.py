@@ -1,0 +1,104 @@
+"""Publishing a folder: `latest` follows the newest, and what goes wrong is undone."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from bentoml_detectron import errors, staging
+from support import tree
+
+
+def put(store: Path, version: str, newer: bool = True) -> Path:
+    with staging.staged(store) as scratch:
+        content = scratch / "model"
+        content.mkdir()
+        (content / "file").write_text(version)
+        return staging.publish(content, store, "name", version, is_newer=lambda present: newer)
+
+
+def test_folder_appears_and_latest_names_it(tmp_path):
+    store = tmp_path / "models"
+    put(store, "one")
+    assert tree(store) == {"name": b"<folder>", "name/latest": b"one", "name/one": b"<folder>", "name/one/file": b"one"}
+    assert tree(tmp_path / "models.staging") == {"lock": b""}
+
+
+def test_latest_stays_where_the_present_one_is_newer(tmp_path):
+    store = tmp_path / "models"
+    put(store, "two")
+    put(store, "one", newer=False)
+    assert (store / "name" / "latest").read_text() == "two"
+
+
+@pytest.mark.parametrize("latest", ["", "gone"])
+def test_latest_that_leads_nowhere_is_mended(latest, tmp_path):
+    store = tmp_path / "models"
+    put(store, "one")
+    (store / "name" / "latest").write_text(latest)
+    put(store, "two", newer=False)
+    assert (store / "name" / "latest").read_text() == "two"
+
+
+def test_version_that_exists_is_left_alone(tmp_path):
+    store = tmp_path / "models"
+    put(store, "one")
+    before = tree(store)
+    with pytest.raises(errors.SaveError, match="name:one"):
+        put(store, "one")
+    assert tree(store) == before
+
+
+def test_failure_after_the_rename_is_undone(tmp_path):
+    store = tmp_path / "models"
+    put(store, "one")
+    before = tree(store)
+
+    def fail(present: Path) -> bool:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(errors.SaveError, match="Input/output error"), staging.staged(store) as scratch:
+        (scratch / "model").mkdir()
+        staging.publish(scratch / "model", store, "name", "two", is_newer=fail)
+    assert tree(store) == before
+
+
+def test_failure_before_the_rename_leaves_no_trace(tmp_path):
+    store = tmp_path / "models"
+    with pytest.raises(KeyError), staging.staged(store) as scratch:
+        (scratch / "half").write_text("of a model")
+        raise KeyError
+    assert tree(store) == {}
+    assert tree(tmp_path / "models.staging") == {"lock": b""}
+
+
+def test_abandoned_folders_are_swept_and_those_in_use_are_not(tmp_path):
+    store = tmp_path / "models"
+    with staging.staged(store) as in_use:
+        abandoned = tmp_path / "models.staging" / "save-abandoned"
+        abandoned.mkdir()
+        (abandoned / "file").write_text("")
+        put(store, "one")
+        assert in_use.is_dir()
+        assert not abandoned.exists()
+
+
+def test_threads_of_one_process_do_not_disturb_each_other(tmp_path):
+    store = tmp_path / "models"
+    threads = [threading.Thread(target=put, args=(store, f"v{i}")) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list((store / "name").glob("v*"))) == 20
+
+
+def test_store_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(errors.SaveError, match="cannot write beside the model store"),
+        staging.staged(tmp_path / "file" / "models"),
+    ):
+        pass
