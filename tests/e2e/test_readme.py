@@ -51,7 +51,7 @@ def test_every_block(tmp_path):
         elif language == "python":
             output = io.StringIO()
             with contextlib.redirect_stdout(output):
-                exec(compile(text, "README.md", "exec"), namespace)
+                exec(compile(text, "README.md", "exec"), namespace)  # noqa: S102 (what this test is for)
             printed = output.getvalue()
         elif language == "output":
             assert printed == text
