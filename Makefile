@@ -9,12 +9,13 @@ export BENTOML_DO_NOT_TRACK := True
 # One thread a test process: two processes share two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-fast check bench format train-demo clean
+.PHONY: help setup demo test test-fast test-gpu check bench format train-demo clean
 
 help:
 	@echo "make demo       save, load and run the demo model; writes demo.png"
 	@echo "make test       all tests, against the installed wheel"
 	@echo "make test-fast  the tests that take no longer than a minute together"
+	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make check      ruff, mypy, import contracts"
 	@echo "make bench      the benchmarks that the documents quote"
 	@echo "make setup      only install"
@@ -25,7 +26,7 @@ setup: .venv/.wheel
 	@echo "== Creating .venv (about three minutes; PyTorch is 5 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "== Installing PyTorch"
-	@$(BIN)/pip install --quiet torch torchvision setuptools wheel
+	@$(BIN)/pip install --quiet torch torchvision setuptools
 	@echo "== Installing the package's dependencies and the tools"
 	@$(BIN)/pip install --quiet hatchling
 	@$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/dependencies .
@@ -53,6 +54,10 @@ test: .venv/.wheel
 test-fast: .venv/.wheel
 	@echo "== Running the fast tests"
 	@$(PYTEST) -m "not slow" tests
+
+# Their own process and no hidden devices: for a machine with a GPU.
+test-gpu: .venv/.wheel
+	@CUDA_VISIBLE_DEVICES=0 $(BIN)/pytest -m gpu tests
 
 check: .venv/.wheel
 	$(BIN)/ruff check .

@@ -40,9 +40,9 @@ __all__ = [
     "WeightsMismatchError",
 ]
 
-INSTALL_DETECTRON2 = (
-    "pip install torch torchvision && pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation"
-)
+NO_DETECTRON2 = """\
+Detectron2 is needed for this and is not installed. Install it: pip install torch torchvision && \
+pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation"""
 
 
 class DetectronError(BentoMLException):
@@ -71,9 +71,6 @@ class ModelNotFoundError(DetectronError, NotFound):
 
 class DetectronMissingError(DetectronError, MissingDependencyException):
     """Detectron2 is not installed."""
-
-    def __init__(self) -> None:
-        super().__init__(f"Detectron2 is needed for this and is not installed. Install it: {INSTALL_DETECTRON2}")
 
 
 class InvalidModelError(DetectronError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,6 +38,7 @@ _RANDOM_FILLS: frozenset[Callable[..., Any]] = frozenset(
         )
     ]
 )  # fmt: skip
+_FACTORIES = frozenset([torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn])
 
 
 class _NoRandomInit(TorchFunctionMode):
@@ -44,7 +46,17 @@ class _NoRandomInit(TorchFunctionMode):
 
     Loading replaces every parameter, and the random numbers take longer than all the rest of loading. Buffers are filled as
     always: some are not among the weights.
+
+    It also ends the building of a model that a forged config made endless: after `MAX_CALLS` of PyTorch's functions, or when
+    the tensors made are larger than `most_bytes` together.
     """
+
+    MAX_CALLS = 200_000  # the zoo's largest models take some 10,000
+
+    def __init__(self, most_bytes: float) -> None:
+        super().__init__()
+        self.calls = 0
+        self.bytes_left = most_bytes
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,7 +66,13 @@ class _NoRandomInit(TorchFunctionMode):
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, nn.Parameter):
                 return tensor
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.calls += 1
+        if func in _FACTORIES:
+            self.bytes_left -= result.nbytes
+        if self.calls > self.MAX_CALLS or self.bytes_left < 0:
+            raise InvalidModelError("the config asks for a model that is far larger than its weights")
+        return result
 
 
 def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode, bool]:
@@ -66,7 +84,7 @@ def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode
         InvalidArgumentError: (a ``ValueError`` too) Either has the wrong type, or the config is missing.
     """
     if isinstance(checkpointables, DefaultPredictor):
-        return checkpointables.model, checkpointables.cfg, True
+        return _unwrapped(checkpointables.model), checkpointables.cfg, True
     if not isinstance(checkpointables, nn.Module):
         raise InvalidArgumentError(
             f"'checkpointables' is a {type(checkpointables).__name__}; give a detectron2.engine.DefaultPredictor or a "
@@ -80,7 +98,18 @@ def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode
             f"config is a {type(cfg).__name__}; give the detectron2.config.CfgNode that the module was built with",
             value=cfg,
         )
-    return checkpointables, cfg, False
+    return _unwrapped(checkpointables), cfg, False
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what runs it on several devices or compiled."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):  # of torch.compile
+            module = inner
+        else:
+            return module
 
 
 def check_saveable(module: nn.Module, cfg: CfgNode) -> None:
@@ -89,11 +118,11 @@ def check_saveable(module: nn.Module, cfg: CfgNode) -> None:
     Raises:
         InvalidModelError: It does not, or they are not.
     """
-    inner = module.module if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else module
     plain, tuples = config.to_plain(cfg)
-    rebuilt = _build(lambda: build_model(_on_cpu(config.from_plain(plain, tuples))))
+    cpu = torch.device("cpu")
+    rebuilt = _build(lambda: build_model(_without_weights(config.from_plain(plain, tuples), cpu)), cpu, math.inf)
     weights.check(
-        inner.state_dict(), rebuilt, "the module's weights are not those that its config asks for; save it with the config "
+        module.state_dict(), rebuilt, "the module's weights are not those that its config asks for; save it with the config "
         "that it was built with",
     )  # fmt: skip
 
@@ -126,11 +155,12 @@ def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
         UnknownDeviceError: There is no such device.
     """
     device = check_device(device_id)
-    cfg = _on_cpu(saved.cfg)
+    cfg = _without_weights(saved.cfg, device)
     with ThreadPoolExecutor(1, thread_name_prefix="read-weights") as pool:
         reading = pool.submit(saved.read_weights)
         # With no weights named, DefaultPredictor leaves its model as it was built.
-        built = _build(lambda: DefaultPredictor(cfg) if saved.is_predictor else build_model(cfg))
+        most_bytes = 4 * saved.weights_size() + (1 << 30)
+        built = _build(lambda: DefaultPredictor(cfg) if saved.is_predictor else build_model(cfg), device, most_bytes)
         state = reading.result()
     module = built.model if saved.is_predictor else built
     message = f"{weights.WEIGHTS} in {saved.folder} does not belong to the model's config"
@@ -139,25 +169,24 @@ def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
     weights.assign(state, module)
     module.eval().to(device)
     if saved.is_predictor:
-        built.cfg.MODEL.DEVICE = str(device)
         built.cfg.MODEL.WEIGHTS = str(saved.folder / weights.WEIGHTS)
         if saved.dataset is not None:
             _complete_metadata(built, saved.dataset)
     return built
 
 
-def _on_cpu(cfg: CfgNode) -> CfgNode:
-    """A copy of a config whose model is built on the CPU and loads nothing."""
+def _without_weights(cfg: CfgNode, device: torch.device) -> CfgNode:
+    """A copy of a config whose model is built on a device and loads nothing."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = str(device)
     cfg.MODEL.WEIGHTS = ""
     return cfg
 
 
-def _build(build: Callable[[], Any]) -> Any:
+def _build(build: Callable[[], Any], device: torch.device, most_bytes: float) -> Any:
     try:
-        with _NoRandomInit():
+        with torch.device(device), _NoRandomInit(most_bytes):  # whatever the caller's default device is
             return build()
     except DetectronError:
         raise
@@ -170,8 +199,5 @@ def _build(build: Callable[[], Any]) -> Any:
 
 
 def _complete_metadata(predictor: DefaultPredictor, dataset: Dataset) -> None:
-    """Gives a predictor the saved class names where this process does not know its dataset."""
-    known = predictor.metadata.as_dict()
-    saved = dataset.model_dump(exclude_none=True)
-    if any(key not in known for key in saved):
-        predictor.metadata = Metadata(**{**saved, **known})
+    """Gives a predictor its own class names, whatever this process knows of a dataset with that name."""
+    predictor.metadata = Metadata(**{**predictor.metadata.as_dict(), **dataset.model_dump(exclude_none=True)})

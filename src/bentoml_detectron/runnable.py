@@ -36,6 +36,9 @@ def get_runnable(bento_model: bentoml.Model) -> type[bentoml.legacy.Runnable]:
     Returns:
         The class; instances load the model.
     """
+    # Registers how BentoML batches tensors and sends them between processes.
+    import bentoml._internal.frameworks.common.pytorch
+
     options = bento_model.info.options
     partial_kwargs = options.partial_kwargs if isinstance(options, ModelOptions) else {}
     is_predictor = bool(bento_model.info.metadata.get(IS_PREDICTOR, True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from bentoml_detectron.artifact.files import sync, sync_folder
 from bentoml_detectron.errors import SaveError
 
 _PREFIX = "save-"
+_VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 
 
 @contextmanager
@@ -53,7 +55,7 @@ def staged(store: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
+        _unlock(held)
 
 
 def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Callable[[Path], bool]) -> Path:
@@ -79,26 +81,32 @@ def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Ca
             if final.exists():
                 raise SaveError(f"{name}:{version} is in the model store already; give a new version", value=str(final))
             final.parent.mkdir(exist_ok=True)
+            latest = final.parent / "latest"
+            before = latest.read_bytes() if latest.is_file() else None
             content.rename(final)
             try:
+                sync_folder(store)
                 sync_folder(final.parent)
                 _point_latest(content.parent, final, is_newer)
             except BaseException:
                 final.rename(content)
+                if before is None:
+                    latest.unlink(missing_ok=True)
+                else:
+                    (content.parent / "before").write_bytes(before)
+                    (content.parent / "before").replace(latest)
+                with suppress(OSError):
+                    final.parent.rmdir()  # succeeds only where this save made it
                 raise
     except OSError as exc:
         raise SaveError(f"cannot put {name}:{version} into the model store {store}: {exc}", value=str(final)) from exc
-    finally:
-        if not final.exists():
-            with suppress(OSError):
-                final.parent.rmdir()  # succeeds only where this save made it
     return final
 
 
 def _point_latest(scratch: Path, final: Path, is_newer: Callable[[Path], bool]) -> None:
     latest = final.parent / "latest"
-    present = latest.read_text().strip() if latest.is_file() else ""
-    if present and (final.parent / present).is_dir() and not is_newer(final.parent / present):
+    present = latest.read_bytes()[:100].decode("ascii", "replace").strip() if latest.is_file() else ""
+    if _VERSION.match(present) and (final.parent / present).is_dir() and not is_newer(final.parent / present):
         return
     new = scratch / "latest"
     new.write_text(final.name)
@@ -108,6 +116,7 @@ def _point_latest(scratch: Path, final: Path, is_newer: Callable[[Path], bool]) 
 
 
 def _area(store: Path) -> Path:
+    store = store.resolve()  # a link may lead to another file system
     return store.with_name(f"{store.name}.staging")
 
 
@@ -120,7 +129,7 @@ def _locked(area: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(held)
+        _unlock(held)
 
 
 def _lock(path: Path, kind: int) -> int:
@@ -133,6 +142,11 @@ def _lock(path: Path, kind: int) -> int:
     return descriptor
 
 
+def _unlock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
+    os.close(descriptor)
+
+
 def _sweep(area: Path) -> None:
     """Removes what killed saves left: staging folders that nobody holds."""
     for folder in area.glob(f"{_PREFIX}*/"):
@@ -141,4 +155,4 @@ def _sweep(area: Path) -> None:
         except OSError:
             continue  # its save goes on
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
+        _unlock(held)

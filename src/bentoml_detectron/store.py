@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import cloudpickle
 from bentoml import Model, Tag
 from bentoml.exceptions import BentoMLException, NotFound
 
-from bentoml_detectron.artifact import manifest
+from bentoml_detectron.artifact import files, manifest, plain_yaml
 from bentoml_detectron.errors import (
     CorruptFileError,
     DetectronError,
@@ -27,7 +28,7 @@ from bentoml_detectron.staging import publish, staged
 
 # BentoML's adapters, its own and those of other distributions, all build on these.
 from bentoml._internal.configuration.containers import BentoMLContainer  # isort: skip
-from bentoml._internal.models.model import ModelContext, ModelInfo, ModelSignature, PartialKwargsModelOptions  # isort: skip
+from bentoml._internal.models.model import ModelContext, ModelInfo, ModelSignature, ModelStore, PartialKwargsModelOptions  # isort: skip
 
 if TYPE_CHECKING:
     from bentoml._internal.models.model import ModelSignaturesType
@@ -43,6 +44,7 @@ MODULES = (MODULE, "bentoml._internal.frameworks.detectron")
 API_VERSION = "v2"
 """Ours; BentoML's own adapter wrote ``v1``."""
 IS_PREDICTOR = "_is_predictor"
+RECORD = "model.yaml"
 
 
 def get(tag_like: str | Tag) -> Model:
@@ -58,9 +60,11 @@ def get(tag_like: str | Tag) -> Model:
     """
     _check_tag(tag_like)
     try:
-        model: Model = bentoml.models.get(tag_like)
+        model: Model = bentoml.models.get(tag_like, _model_store=_Store(BentoMLContainer.model_store_dir.get()))
     except NotFound as exc:
         raise ModelNotFoundError(str(exc), value=str(tag_like)) from exc
+    except DetectronError:
+        raise
     except Exception as exc:  # a damaged record fails in BentoML in whatever way its bytes lead to
         raise CorruptFileError(f"BentoML cannot read model.yaml of {tag_like}: {exc!r}", file="model.yaml") from exc
     _check_framework(model)
@@ -148,6 +152,10 @@ def save_model(
         bento_model = bentoml.detectron.save_model("mask_rcnn", predictor)
     """
     tag = _check_tag(name)
+    if tag.version == "latest":
+        raise InvalidArgumentError(
+            f"{str(name)!r}: 'latest' is BentoML's name for the newest version; give another", value=name
+        )
     from bentoml_detectron.artifact import folder
     from bentoml_detectron.model import check_saveable, take_apart
 
@@ -182,14 +190,28 @@ def save_model(
         folder.write_parts(content, module, cfg)
         folder.seal(content, cfg, is_predictor=is_predictor)
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
-    model: Model = bentoml.models.get(info.tag)
-    return model
+    return get(info.tag)
+
+
+class _Store(ModelStore):
+    """BentoML's store, where each record is checked before BentoML reads it."""
+
+    def _get_item(self, tag: Tag) -> Model:
+        _check_record(self._path / tag.path())
+        return super()._get_item(tag)
+
+
+def _check_record(folder: Path) -> None:
+    # What BentoML itself may write of a user's metadata: bytes, and a few shared values.
+    binary = frozenset(["tag:yaml.org,2002:binary"])
+    plain_yaml.check(files.read_small(folder, RECORD), RECORD, aliases=16, tags=binary)
 
 
 def _is_newer(info: ModelInfo, present: Path) -> bool:
     try:
+        _check_record(present)
         return bool(info.creation_time >= Model.from_path(present).creation_time)
-    except BentoMLException:
+    except Exception:
         return True  # what is there is no whole model
 
 
@@ -216,14 +238,18 @@ def _check_framework(model: Model) -> None:
         )
 
 
+_cloudpickle_lock = threading.Lock()
+
+
 @contextmanager
 def _by_value(modules: list[ModuleType]) -> Iterator[None]:
     registered: list[ModuleType] = []
-    try:
-        Model.enter_cloudpickle_context(modules, registered)
-        yield
-    finally:
-        Model.exit_cloudpickle_context(registered)
+    with _cloudpickle_lock:  # its register is the process's
+        try:
+            Model.enter_cloudpickle_context(modules, registered)
+            yield
+        finally:
+            Model.exit_cloudpickle_context(registered)
 
 
 @contextmanager

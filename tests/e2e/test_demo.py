@@ -46,7 +46,7 @@ def test_errors_are_one_line_and_exit_status_1(tmp_path):
     assert len(errors) == 1
     assert "--output" in errors[0]
     assert "Traceback" not in result.stderr
-    assert "Traceback" in run("demo", "--debug", "--output", "no/such/folder/found.png", folder=tmp_path).stderr
+    assert "Traceback" in run("--debug", "demo", "--output", "no/such/folder/found.png", folder=tmp_path).stderr
 
 
 def test_help_has_an_example(tmp_path):
@@ -87,6 +87,34 @@ def test_sample_images_are_detected_well(demo_predictor):
         evaluation.accumulate()
         evaluation.summarize()
         assert evaluation.stats[0] >= least, kind
+
+
+@pytest.mark.slow
+def test_training_is_deterministic(tmp_path):
+    """Two short runs of the training script end with the same weights, and those are not the ones it starts from."""
+    script = Path(__file__).resolve().parent.parent.parent / "tools" / "train_demo.py"
+    digests = []
+    for iterations in (3, 3, 2):
+        command = [sys.executable, str(script), "--max-iter", str(iterations), "--output", str(tmp_path)]
+        output = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+        digests.append(output.split()[-1])
+    assert len(digests[0]) == 64
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_test_images_depend_on_nothing_that_training_sees(monkeypatch):
+    """With every training digit blanked, the test images are the same, and the training images are not."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent.parent / "tools")
+    import train_demo
+
+    before = [(train_demo.compose(seed, test=True)[0], train_demo.compose(seed)[0]) for seed in range(20)]
+    glyphs, targets = train_demo.digits()
+    blanked = glyphs.copy()
+    blanked[: -train_demo.TEST_DIGITS] = 0
+    monkeypatch.setattr(train_demo, "digits", lambda: (blanked, targets))
+    for seed, (test_image, training_image) in enumerate(before):
+        assert np.array_equal(train_demo.compose(seed, test=True)[0], test_image)
+        assert not np.array_equal(train_demo.compose(seed)[0], training_image)
 
 
 def test_package_data_is_small():

@@ -7,13 +7,12 @@ import warnings
 from pathlib import Path
 
 import bentoml
-import numpy as np
 import pytest
 import torch
 from bentoml._internal.frameworks import detectron as adapter
 from detectron2.engine import DefaultPredictor
 
-from support import assert_same, built, checkpoint, picture, small_cfg, tensors, tiny_cfg
+from support import assert_same, built, checkpoint, picture, small_cfg, tiny_cfg
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "bentoml_1_3"
 
@@ -104,4 +103,33 @@ def test_saving_an_old_model_again_makes_it_one_of_ours(predictor):
     old = bentoml.detectron.load_model(adapter.save_model("again", predictor).tag)
     new = bentoml.detectron.save_model("again", old)
     assert new.info.api_version == "v2"
-    assert tensors(bentoml.detectron.load_model(new)(np.asarray(picture()))).keys() == tensors(old(picture())).keys()
+    assert_same(bentoml.detectron.load_model(new)(picture()), predictor(picture()))
+
+
+@pytest.mark.parametrize("weights", [None, 7, ["a"], "a\0b", "\ud800"])
+def test_odd_weights_in_an_old_config_do_not_stop_loading(weights, predictor):
+    expected = predictor(picture())
+    predictor.cfg.MODEL.WEIGHTS = weights
+    saved = adapter.save_model("odd", predictor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same(bentoml.detectron.load_model(saved.tag)(picture()), expected)
+
+
+def test_training_checkpoint_is_compared_by_its_model_alone(predictor, tmp_path):
+    """What Detectron2's trainer writes holds optimizer and scheduler too."""
+    from collections import Counter
+
+    optimizer = torch.optim.SGD(predictor.model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = {"milestones": Counter([10, 20]), "last_epoch": 5}
+    content = {
+        "model": predictor.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler,
+        "iteration": 7,
+    }
+    torch.save(content, tmp_path / "model_final.pth")
+    saved = adapter.save_model("trained", predictor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        bentoml.detectron.load_model(saved.tag)

@@ -54,9 +54,9 @@ class Worker:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def save(self, log: Path, *strace: str) -> int:
+    def save(self, log: Path, *strace: str, name: str = "crash") -> int:
         """One save under strace; returns its exit status."""
-        self.say("paused")
+        self.say(f"paused {name}")
         pid = int(self.read())
         tracer = subprocess.Popen(
             ["strace", "-f", "-y", "-o", str(log), "-p", str(pid), *strace], stderr=subprocess.PIPE, text=True
@@ -103,6 +103,8 @@ def check_store(store: ModelStore) -> set[str]:
         bentoml.detectron.load_model(model)
         for name in ("model.yaml", "config.yaml", "saved_model.pth", "custom_objects.pkl", "manifest.json"):
             assert Path(model.path_of(name)).is_file()
+    latest = Path(store._path) / "crash" / "latest"  # as it lies there: BentoML mends it when it reads it
+    assert not latest.exists() or (latest.parent / latest.read_text()).is_dir()
     assert store.get("crash:latest").tag in {model.tag for model in models}
     return {model.tag.version for model in models}
 
@@ -136,6 +138,30 @@ def test_save_is_whole_or_absent_whatever_call_fails(fault, worker, tmp_path, re
     assert [path.name for path in (worker.home / "models.staging").iterdir()] == ["lock"]  # and cleans up
     record_property("points", len(every))
     print(f"\n{fault} at {len(every)} calls of a save: exit statuses {statuses}")
+
+
+@needs_strace
+@pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=EIO"])
+def test_first_save_of_a_name_is_whole_or_absent(fault, worker, tmp_path):
+    """Where neither the name's folder nor `latest` is there yet: at each call that touches the store itself."""
+    store = ModelStore(worker.home / "models")
+    log = tmp_path / "strace.log"
+    assert worker.save(log, "-e", f"trace={MUTATING}", name="trial") == 0
+    every = [point for point in points(log.read_text()) if point[0] in ("mkdir", "rename", "fsync", "unlink", "rmdir")]
+    assert len(every) > 10
+    for index, (name, number) in enumerate(every):
+        status = worker.save(log, "-e", f"inject={name}:{fault}:when={number}", name=f"first-{index}")
+        folder = Path(store._path) / f"first-{index}"
+        versions = list(folder.glob("*/"))
+        assert len(versions) <= 1
+        assert status in (0, 3, -signal.SIGKILL)
+        if status == 3:
+            assert not folder.exists(), (name, number)
+        if status == 0:
+            assert len(versions) == 1
+        for version in versions:
+            bentoml.detectron.load_model(store.get(f"first-{index}:{version.name}"))
+        store.list()
 
 
 def test_eight_processes_save_one_name(worker):

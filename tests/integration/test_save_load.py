@@ -122,9 +122,15 @@ def test_class_names_come_back_in_a_process_that_does_not_know_the_dataset(demo_
 @pytest.mark.parametrize("kind", ["predictor", "module"])
 def test_device_id_is_honoured(kind, demo_predictor):
     """Both kinds land on the named device, and a device that is not there is refused by name."""
-    cfg = demo_predictor.cfg
-    saved = bentoml.detectron.save_model("device", *((demo_predictor,) if kind == "predictor" else (demo_predictor.model, cfg)))
+    # A config for a GPU, which is not here: only the argument decides.
+    predictor = copy.copy(demo_predictor)
+    predictor.cfg = demo_predictor.cfg.clone()
+    predictor.cfg.MODEL.DEVICE = "cuda"
+    arguments = (predictor,) if kind == "predictor" else (predictor.model, predictor.cfg)
+    saved = bentoml.detectron.save_model("device", *arguments)
     loaded = bentoml.detectron.load_model(saved, device_id="cpu")
+    if kind == "predictor":
+        assert loaded.cfg.MODEL.DEVICE == "cpu"
     module = loaded.model if kind == "predictor" else loaded
     assert {p.device for p in module.parameters()} == {torch.device("cpu")}
     for wrong in ("cuda:7", "warp", "", "meta"):
@@ -256,10 +262,22 @@ class TestMistakes:
             bentoml.detectron.get(name)
 
     def test_labels_and_metadata_that_bentoml_does_not_take(self, demo_predictor):
-        with pytest.raises(errors.InvalidArgumentError, match="label"):
+        with pytest.raises(errors.InvalidArgumentError, match="dictionary update sequence"):
             bentoml.detectron.save_model("mistake", demo_predictor, labels="stage")
-        with pytest.raises(errors.InvalidArgumentError, match="metadata"):
+        with pytest.raises(errors.InvalidArgumentError, match=r"metadata: .*object"):
             bentoml.detectron.save_model("mistake", demo_predictor, metadata={"a": object()})
+
+    def test_version_that_means_the_newest(self, demo_predictor):
+        with pytest.raises(errors.InvalidArgumentError, match="latest"):
+            bentoml.detectron.save_model("mistake:latest", demo_predictor)
+
+    def test_state_that_is_no_plain_tensor(self):
+        """It could not be loaded, so it is not saved."""
+        cfg = tiny_cfg()
+        module = built(cfg)
+        module.roi_heads.box_predictor.cls_score.bias.data = torch.ones(1).expand(6)
+        with pytest.raises(errors.UnsafeFileError, match=r"cls_score\.bias.*only 4 bytes"):
+            bentoml.detectron.save_model("mistake", module, cfg)
 
     def test_custom_object_that_cannot_be_pickled(self, demo_predictor):
         with pytest.raises(errors.SaveError, match="pickle"):
@@ -379,3 +397,105 @@ def test_checkpoint_with_frozen_config_from_a_file(tmp_path):
     (tmp_path / "model.pth").unlink()
     assert_same(bentoml.detectron.load_model(saved)(picture()), expected)
     assert tensors(expected)[".instances.scores"].numel() > 5
+
+
+def test_models_own_class_names_win_over_another_dataset_of_that_name(demo_predictor):
+    """A dataset that was labelled anew under its old name."""
+    saved = bentoml.detectron.save_model("renamed", demo_predictor)
+    code = """
+import bentoml, sys
+from detectron2.data import MetadataCatalog
+MetadataCatalog.get("handwritten_digits").set(thing_classes=["cat", "dog"])
+print(bentoml.detectron.load_model(sys.argv[1]).metadata.thing_classes[:2])
+print(MetadataCatalog.get("handwritten_digits").thing_classes)
+"""
+    assert run_python(code, str(saved.tag)).stdout.splitlines() == ["['0', '1']", "['cat', 'dog']"]
+
+
+def test_parameters_that_a_model_ties_stay_tied(monkeypatch):
+    """And keep their precision."""
+    from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+
+    class Tied(GeneralizedRCNN):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.other = torch.nn.Linear(16, 6)
+            self.other.weight = self.roi_heads.box_predictor.cls_score.weight
+
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "Tied", Tied)
+    cfg = tiny_cfg("Tied")
+    module = built(cfg).half()
+    loaded = bentoml.detectron.load_model(bentoml.detectron.save_model("tied", module, cfg))
+    assert loaded.other.weight is loaded.roi_heads.box_predictor.cls_score.weight
+    assert torch.equal(loaded.other.weight, module.other.weight)
+    assert loaded.other.weight.dtype == torch.float16
+
+
+def test_model_is_built_for_the_device_that_is_asked_for(monkeypatch):
+    """Some architectures keep their device from the config; and the caller's default device is no matter."""
+    from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+
+    class Keeps(GeneralizedRCNN):
+        @classmethod
+        def from_config(cls, cfg):
+            devices.append(cfg.MODEL.DEVICE)
+            return super().from_config(cfg)
+
+    devices: list[str] = []
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "Keeps", Keeps)
+    cfg = tiny_cfg("Keeps")
+    module = built(cfg)
+    cfg.MODEL.DEVICE = "cuda"
+    saved = bentoml.detectron.save_model("keeps", module, cfg)
+    torch.set_default_device("meta")
+    try:
+        loaded = bentoml.detectron.load_model(saved, "cpu")
+    finally:
+        torch.set_default_device(None)
+    assert devices[-1] == "cpu"
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("direction", ["saved with", "loaded with"])
+def test_batch_counters_of_frozen_norms_may_be_on_one_side_only(direction, monkeypatch):
+    """Later versions of Detectron2 keep them, 0.6 does not; they count batches of training."""
+    from detectron2.layers import FrozenBatchNorm2d
+
+    cfg = tiny_cfg()
+    module = built(cfg)
+    frozen = [part for part in module.modules() if isinstance(part, FrozenBatchNorm2d)]
+    assert frozen
+    name = "backbone.bottom_up.stem.conv1.norm.num_batches_tracked"
+    if direction == "saved with":
+        for part in frozen:
+            part.register_buffer("num_batches_tracked", torch.tensor(0))
+        assert name in module.state_dict()
+        loaded = bentoml.detectron.load_model(bentoml.detectron.save_model("counted", module, cfg))
+        assert name not in loaded.state_dict()
+        return
+    saved = bentoml.detectron.save_model("counted", module, cfg)
+    original = FrozenBatchNorm2d.__init__
+
+    def later(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    monkeypatch.setattr(FrozenBatchNorm2d, "__init__", later)
+    assert name in bentoml.detectron.load_model(saved).state_dict()
+
+
+def test_entry_that_is_registered_from_another_place_is_taken(monkeypatch):
+    """A project that was imported from its folder when saving, and from its package when loading."""
+    from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+
+    class Elsewhere(GeneralizedRCNN):
+        pass
+
+    Elsewhere.__module__ = "a_module_that_is_gone"
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "Elsewhere", Elsewhere)
+    cfg = tiny_cfg("Elsewhere")
+    saved = bentoml.detectron.save_model("elsewhere", built(cfg), cfg)
+    assert type(bentoml.detectron.load_model(saved)) is Elsewhere
+    monkeypatch.delitem(META_ARCH_REGISTRY._obj_map, "Elsewhere")
+    with pytest.raises(errors.UnknownEntryError, match="import a_module_that_is_gone"):
+        bentoml.detectron.load_model(saved)

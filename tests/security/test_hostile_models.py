@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import struct
 import sys
@@ -22,10 +23,11 @@ import bentoml
 import pytest
 import torch
 import yaml
+from detectron2.config import CfgNode
 
 from bentoml_detectron import errors
+from bentoml_detectron.artifact import config, manifest, plain_yaml
 from bentoml_detectron.artifact import folder as artifact
-from bentoml_detectron.artifact import manifest
 from support import built, tiny_cfg
 
 
@@ -53,11 +55,12 @@ def module(cfg):
 def sentinel(tmp_path, monkeypatch):
     """A file that appears if anything hostile runs, and a module that would make it."""
     touched = tmp_path / "touched"
-    (tmp_path / "evil_module.py").write_text(f"open({str(touched)!r}, 'w').close()\ndef call(*args): pass\n")
+    for name in ("evil_module", "detectron2_evil"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(touched)!r}, 'w').close()\ndef call(*args): pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield touched
     assert not touched.exists(), "a payload ran"
-    assert "evil_module" not in sys.modules, "a module that the model names was imported"
+    assert not {"evil_module", "detectron2_evil"} & set(sys.modules), "a module that the model names was imported"
 
 
 @pytest.fixture
@@ -127,6 +130,9 @@ PICKLES = {
         pickle.dumps({"config": {}}) + by_module("os", "system", f"touch {touch}")
     ),
     "torch's own loader": lambda touch: by_module("torch", "load"),
+    "tuples that unfold without end when hashed": lambda touch: b"\x80\x04})" + b"2\x86" * 60 + b"Ns.",
+    "the same through the memo": lambda touch: b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+    "four million empty sets": lambda touch: b"\x80\x04(" + b"\x8f" * 4_000_000 + b"t.",
     "a bytearray": lambda touch: pickle.dumps({"config": bytearray(10)}, protocol=5),
 }
 
@@ -166,8 +172,6 @@ def test_old_models_pickle_that_holds_no_config(pickled, forged):
 
 def test_old_models_config_that_unfolds_without_end(forged):
     """A hundred shared lists can stand for more values than there are atoms; and one may hold itself."""
-    from detectron2.config import CfgNode
-
     bomb: list = []
     for _ in range(40):
         bomb = [bomb, bomb]
@@ -210,6 +214,12 @@ CONFIGS = {
     "a set": b"MODEL: {? a, ? b}\n".replace(b"{", b"!!set {"),
     "a date": b"MODEL: 2001-01-01\n",
     "binary data": b"MODEL: !!binary aGVsbG8=\n",
+    "a number to base 60": b"MODEL: 1" + b":1" * 200_000,
+    "a number to base 60 that is too large": b"MODEL: 1" + b":1" * 100 + b".5",
+    "half a million values": b"a: [" + b"0," * 500_000 + b"0]",
+    "half a million mappings": b"a: [" + b"{}," * 500_000 + b"{}]",
+    "a number of five thousand digits": b"MODEL: 0x" + b"f" * 300,
+    "a number as a key": b"? 0x" + b"f" * 300 + b"\n: 1\n",
     "five megabytes": b"a: " + b"x" * (5 << 20),
 }
 
@@ -233,8 +243,130 @@ def save_weights(model: Path, state: dict, cfg) -> None:
     seal(model, cfg)
 
 
+def test_config_whose_sections_are_none(forged, cfg):
+    (forged / "config.yaml").write_bytes(b"MODEL: 7\n")
+    seal(forged, cfg)
+    refused(forged, errors.InvalidModelError)
+    as_old(forged, pickle.dumps({"config": CfgNode({"MODEL": 7})}))
+    refused(forged, errors.InvalidModelError)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.ROI_BOX_HEAD.NUM_FC", 10**6),
+        ("MODEL.ROI_BOX_HEAD.NUM_CONV", 10**6),
+        ("MODEL.ROI_BOX_HEAD.FC_DIM", 10**9),
+        ("MODEL.RESNETS.STEM_OUT_CHANNELS", 10**7),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 10**8),
+        ("MODEL.RESNETS.DEPTH", 7),
+        ("MODEL.RESNETS.DEFORM_NUM_GROUPS", 10**6),
+    ],
+)
+def test_config_of_a_model_that_is_far_too_large(key, value, forged, cfg):
+    """Building ends early: it may make no more than a multiple of what the weights file has."""
+    huge = cfg.clone()
+    huge.merge_from_list([key, value])
+    if "DEFORM" in key:
+        huge.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [True] * 4
+        huge.MODEL.RESNETS.DEFORM_MODULATED = True
+    (forged / "config.yaml").write_bytes(plain_yaml.dump(config.to_plain(huge)[0]))
+    seal(forged, huge)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(forged, errors.InvalidModelError)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000  # KiB
+
+
+class TestRecord:
+    """`model.yaml`, which BentoML itself reads: in `get` too."""
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            b"zz: 1" + b":1" * 200_000,
+            b"metadata:\n  a0: &a0 [x, x]\n"
+            + b"".join(b"  a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 40)),
+            b"a: [" + b"0," * 500_000 + b"0]",
+            b"a: " + b"[" * 100_000,
+            b"name: !!python/object/apply:os.system ['touch /tmp/never']",
+        ],
+        ids=["base 60", "aliases", "many", "deep", "tag"],
+    )
+    def test_record_made_to_take_long(self, text, forged):
+        (forged / "model.yaml").write_bytes(text)
+        for use in (bentoml.detectron.get, bentoml.detectron.load_model):
+            with pytest.raises((errors.UnsafeFileError, errors.CorruptFileError)) as caught:
+                use(f"forged:{forged.name}")
+            assert caught.value.file == "model.yaml"
+
+    def test_record_that_is_a_pipe_or_a_link(self, forged, tmp_path):
+        shutil.move(forged / "model.yaml", tmp_path / "elsewhere")
+        os.mkfifo(forged / "model.yaml")
+        assert refused(forged).file == "model.yaml"
+        (forged / "model.yaml").unlink()
+        (forged / "model.yaml").symlink_to(tmp_path / "elsewhere")
+        assert refused(forged).file == "model.yaml"
+
+    def test_shared_metadata_and_bytes_that_bentoml_writes_are_taken(self, module, cfg):
+        shared = [1, 2]
+        saved = bentoml.detectron.save_model("shares", module, cfg, metadata={"a": shared, "b": shared, "c": b"bytes"})
+        assert bentoml.detectron.get(saved.tag).info.metadata["b"] == [1, 2]
+
+
+def two_directories(good: bytes, evil_member: bytes) -> bytes:
+    """An archive in which Python finds one directory, right before the end, and PyTorch another, where the end record says."""
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        offset = archive.start_dir
+    whole = buffer.getvalue()
+    end = whole.rindex(b"PK\5\6")
+    directory = whole[offset:end]
+    record = bytearray(whole[end:])
+    return whole[:offset] + directory.replace(b"data.pkl", b"evil.pkl") + evil_member + directory + bytes(record)
+
+
 class TestWeights:
     NAME = "roi_heads.box_predictor.cls_score.bias"
+
+    def test_archive_with_two_directories(self, forged, cfg):
+        """What is checked would not be what is loaded."""
+        (forged / "saved_model.pth").write_bytes(two_directories((forged / "saved_model.pth").read_bytes(), b""))
+        seal(forged, cfg)
+        refused(forged, errors.CorruptFileError)
+        content = (forged / "saved_model.pth").read_bytes()
+        for changed in (content + b"more", content[:-2] + b"\1\0x"):
+            (forged / "saved_model.pth").write_bytes(changed)
+            seal(forged, cfg)
+            refused(forged, errors.CorruptFileError)
+
+    @pytest.mark.parametrize(
+        "structure",
+        [
+            b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+            b"\x80\x02(" + b"}" * 4_000_000 + b"t.",
+            b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x70\x85R.",
+            b"\x80\x02ctorch._utils\n_rebuild_device_tensor_from_cpu_tensor\n.",
+            b"\x80\x02ctorch\nload\n.",
+        ],
+        ids=["hash bomb", "many dicts", "a large bytearray", "another rebuilder", "another name of torch"],
+    )
+    def test_structure_that_does_more_than_make_tensors(self, structure, forged, cfg):
+        with zipfile.ZipFile(forged / "saved_model.pth") as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(forged / "saved_model.pth", "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, structure if name.endswith("data.pkl") else content)
+        seal(forged, cfg)
+        assert refused(forged).file == "saved_model.pth"
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
+    def test_tensor_of_another_kind(self, dtype, forged, cfg, module):
+        save_weights(forged, {**module.state_dict(), self.NAME: torch.zeros(6, dtype=dtype)}, cfg)
+        assert self.NAME in str(refused(forged, errors.WeightsMismatchError))
 
     def test_code_in_the_checkpoint(self, forged, cfg, module, sentinel):
         """By a reduce payload, in the place of a tensor and beside the tensors."""
@@ -272,10 +404,23 @@ class TestWeights:
             torch.zeros(1).expand(10**15),
             torch.quantize_per_tensor(torch.zeros(6), 1.0, 0, torch.qint8),
             torch.zeros(6, device="meta"),
+            torch.nested.nested_tensor([torch.zeros(2), torch.zeros(4)]),
+            torch.zeros(6, dtype=torch.complex64).conj(),
             7,
             "text",
         ],
-        ids=["sparse", "oversized sparse", "expanded", "oversized", "quantised", "meta", "number", "string"],
+        ids=[
+            "sparse",
+            "oversized sparse",
+            "expanded",
+            "oversized",
+            "quantised",
+            "meta",
+            "nested",
+            "conjugate",
+            "number",
+            "string",
+        ],
     )
     def test_what_is_no_plain_tensor(self, tensor, forged, cfg, module):
         save_weights(forged, {**module.state_dict(), self.NAME: tensor}, cfg)
@@ -307,15 +452,6 @@ class TestWeights:
         (forged / "saved_model.pth").write_bytes(buffer.getvalue())
         seal(forged, cfg)
         assert refused(forged).file == "saved_model.pth"
-
-    def test_config_that_asks_for_more_memory_than_there_is(self, forged, cfg):
-        huge = cfg.clone()
-        huge.MODEL.ROI_BOX_HEAD.FC_DIM = 10**12
-        from bentoml_detectron.artifact import config
-
-        (forged / "config.yaml").write_bytes(config.dump(config.to_plain(huge)[0]))
-        seal(forged, huge)
-        refused(forged, errors.InvalidModelError)
 
 
 class TestFiles:
@@ -371,6 +507,7 @@ LIES = {
         "registry_entries": [{"registry": "R", "name": "n", "module": "detectron2_evil"}]
     },
     "a module by a path": {"registry_entries": [{"registry": "R", "name": "n", "module": "detectron2/../evil_module"}]},
+    "a module two dots on": {"registry_entries": [{"registry": "R", "name": "n", "module": "detectron2..evil_module"}]},
     "a module by a relative name": {"registry_entries": [{"registry": "R", "name": "n", "module": ".evil_module"}]},
     "a module that is not there": {"registry_entries": [{"registry": "R", "name": "n", "module": "detectron2.nobody"}]},
     "a negative size": {"files": {"saved_model.pth": {"size": -1, "sha256": "0" * 64, "xxh3_128": "0" * 32}}},

@@ -6,6 +6,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -14,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bentoml_detectron import errors
-from bentoml_detectron.artifact import config
+from bentoml_detectron.artifact import config, plain_yaml
 
 KEYS = st.text(min_size=1, max_size=10).filter(lambda key: key != "_BASE_")
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
-    st.integers(),
+    st.integers(-(2**64) + 1, 2**64 - 1),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=20).filter(lambda text: text != "_BASE_"),
 )
@@ -47,7 +48,7 @@ def exactly(one, other) -> bool:
 
 def there_and_back(tree, folder: Path):
     plain, tuples = config.to_plain(tree)
-    (folder / config.CONFIG).write_bytes(config.dump(plain))
+    (folder / config.CONFIG).write_bytes(plain_yaml.dump(plain))
     return config.from_plain(config.read(folder), tuples)
 
 
@@ -93,8 +94,24 @@ def test_what_yaml_cannot_say_is_refused_with_its_place(value):
 
 
 def test_key_that_is_no_string_is_refused():
-    with pytest.raises(errors.InvalidArgumentError, match="7"):
+    with pytest.raises(errors.InvalidArgumentError, match="a key under A is a int"):
         config.to_plain({"A": {7: 1}})
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    """Anchors and pixel means are often computed."""
+    back = there_and_back({"A": [np.float64(1.5), np.int64(3)], "B": np.bool_(True)}, tmp_path)
+    assert exactly({"A": back.A, "B": back.B}, {"A": [1.5, 3], "B": True})
+
+
+def test_dataset_metadata_of_odd_types_does_not_stop_a_save():
+    MetadataCatalog.get("odd").set(thing_classes=[1, 2], thing_colors=[(0.5, 0.5, 0.5)])
+    cfg = get_cfg()
+    cfg.DATASETS.TEST = ("odd",)
+    with pytest.warns(UserWarning, match="thing_colors"):
+        dataset = config.dataset_of(cfg)
+    assert dataset.thing_classes == ["1", "2"]
+    assert dataset.thing_colors is None
 
 
 def test_registry_entries_are_found_with_their_modules():

@@ -46,3 +46,13 @@ def test_values_are_attributes():
     mismatch = errors.WeightsMismatchError("no", missing=["a"], unexpected=["b"], misshaped={"c": ((1,), (2,))}, file="f")
     assert (mismatch.missing, mismatch.unexpected, mismatch.misshaped) == (("a",), ("b",), {"c": ((1,), (2,))})
     assert str(mismatch) == "no\n  missing: a\n  unexpected: b\n  misshaped: c is (1,), should be (2,)"
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_errors_cross_process_boundaries(name):
+    import pickle
+
+    original = getattr(errors, name)("what and the cure")
+    back = pickle.loads(pickle.dumps(original))
+    assert type(back) is type(original)
+    assert str(back) == "what and the cure"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,61 @@ def test_store_that_cannot_be_written_is_said(tmp_path):
         staging.staged(tmp_path / "file" / "models"),
     ):
         pass
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_failure_after_latest_was_replaced_is_undone(first, tmp_path, monkeypatch):
+    """`latest` names again what it named before, and is gone where there was none."""
+    store = tmp_path / "models"
+    if first:
+        store.mkdir()
+    else:
+        put(store, "one")
+    before = tree(store)
+    synced: list[Path] = []
+
+    def fail_late(folder: Path) -> None:
+        synced.append(folder)
+        if (store / "name" / "latest").is_file() and (store / "name" / "latest").read_text() == "two":
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(staging, "sync_folder", fail_late)
+    with pytest.raises(errors.SaveError):
+        put(store, "two")
+    assert len(synced) > 2
+    assert tree(store) == before
+
+
+@pytest.mark.parametrize("latest", [b"\xff\xfe", b"x" * 5000, b"../../elsewhere", b""])
+def test_odd_latest_does_not_stop_saving(latest, tmp_path):
+    store = tmp_path / "models"
+    put(store, "one")
+    (store / "name" / "latest").write_bytes(latest)
+    put(store, "two", newer=False)
+    assert (store / "name" / "latest").read_text() == "two"
+
+
+def test_child_that_was_forked_inside_the_lock_does_not_hold_it(tmp_path):
+    area = tmp_path / "models.staging"
+    area.mkdir()
+    with staging._locked(area):
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+    saving = threading.Thread(target=put, args=(tmp_path / "models", "one"), daemon=True)
+    saving.start()
+    saving.join(10)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert not saving.is_alive()
+    assert (tmp_path / "models" / "name" / "one").is_dir()
+
+
+def test_store_behind_a_link(tmp_path):
+    """The link may lead to another file system; what is staged lies beside what it leads to."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "models").symlink_to(tmp_path / "real")
+    put(tmp_path / "models", "one")
+    assert (tmp_path / "real" / "name" / "one").is_dir()
+    assert (tmp_path / "real.staging").is_dir()

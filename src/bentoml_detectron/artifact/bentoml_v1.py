@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bentoml_detectron.artifact import files
+from bentoml_detectron.artifact import files, pickles
 from bentoml_detectron.errors import CorruptFileError, UnsafeFileError
 
 CUSTOM_OBJECTS = "custom_objects.pkl"
 
-_OPCODES = frozenset(
-    """
-    PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
-    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
-    EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
-    EMPTY_SET ADDITEMS FROZENSET
-    GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
-    """.split()  # noqa: SIM905 (one name a line would be fifty lines)
+_OPCODES = pickles.COMMON | {"EMPTY_SET", "ADDITEMS", "FROZENSET", "STACK_GLOBAL", "NEWOBJ"}
+_CURE = (
+    "Only a config and plain containers are read from a pickle. If you trust the model, load it with BentoML's own adapter "
+    "(BENTOML_DETECTRON_PLUG=0), and save it with this package without those custom objects"
 )
-_REFUSED = "refused: only a config and plain containers may be read from a pickle"
 
 
 class _Node(dict):  # type: ignore[type-arg]
@@ -48,7 +41,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 
 
 def _refuse(what: object) -> NoReturn:
-    raise UnsafeFileError(f"{CUSTOM_OBJECTS} asks for {what}; {_REFUSED}", file=CUSTOM_OBJECTS, value=what)
+    raise UnsafeFileError(f"{CUSTOM_OBJECTS} asks for {what}", file=CUSTOM_OBJECTS, value=what)
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -72,23 +65,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     content = files.read_small(folder, CUSTOM_OBJECTS)
     try:
-        _check_opcodes(content)
+        pickles.check(content, CUSTOM_OBJECTS, _OPCODES, lambda module, name: (module, name) in _CLASSES)
         objects = _InertUnpickler(io.BytesIO(content)).load()
-    except UnsafeFileError:
-        raise
+    except UnsafeFileError as exc:
+        raise UnsafeFileError(f"{exc}. {_CURE}", file=CUSTOM_OBJECTS, value=exc.value) from exc
     except Exception as exc:  # a damaged pickle fails in whatever way its bytes lead to
         raise CorruptFileError(f"{CUSTOM_OBJECTS} in {folder} cannot be read: {exc!r}", file=CUSTOM_OBJECTS) from exc
     config = objects.get("config") if type(objects) is dict else None
     if not isinstance(config, _Node):
         raise CorruptFileError(f"{CUSTOM_OBJECTS} in {folder} has no CfgNode named 'config'", file=CUSTOM_OBJECTS)
     return config
-
-
-def _check_opcodes(content: bytes) -> None:
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(content), start=1):
-        if opcode.name not in _OPCODES:
-            _refuse(f"the opcode {opcode.name} (at byte {position})")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > count:
-            _refuse(f"memo entry {argument} (at byte {position})")  # the memo is an array of that length
-        if opcode.name == "STOP" and position is not None and position + 1 != len(content):
-            _refuse(f"{len(content) - position - 1} bytes after its end")

@@ -6,17 +6,22 @@ YAML has no tuples, so the manifest lists where they are. Nothing here follows `
 from __future__ import annotations
 
 import re
+import reprlib
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
+from pydantic import ValidationError
 
-from bentoml_detectron.artifact import files
+from bentoml_detectron.artifact import files, plain_yaml
 from bentoml_detectron.artifact.manifest import Dataset, Entry, Input
+from bentoml_detectron.artifact.plain_yaml import MAX_DEPTH, MAX_VALUES
 from bentoml_detectron.errors import (
+    NO_DETECTRON2,
     CorruptFileError,
     DetectronMissingError,
     InvalidArgumentError,
@@ -31,21 +36,14 @@ try:
 except ModuleNotFoundError as exc:
     if exc.name is None or exc.name.partition(".")[0] != "detectron2":
         raise
-    raise DetectronMissingError from exc
+    raise DetectronMissingError(NO_DETECTRON2) from exc
 
 from fvcore.common.registry import Registry
 
 CONFIG = "config.yaml"
-MAX_DEPTH = 50
-"""Deepest nesting of a config; Detectron2's own is 5."""
-MAX_VALUES = 100_000
-"""Most values in a config; Detectron2's own has some 400."""
-
 Plain = dict[str, Any]
 KeyPath = tuple[str | int, ...]
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _DETECTRON2_MODULE = re.compile(r"detectron2(\.[A-Za-z_][A-Za-z0-9_]*)+\Z")
 
 
@@ -72,12 +70,16 @@ def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[KeyPath]]:
             raise InvalidArgumentError(f"the config is nested deeper than {MAX_DEPTH} at {where}", value=where)
         if count > MAX_VALUES:  # one list in many places is many values
             raise InvalidArgumentError(f"the config holds more than {MAX_VALUES:,} values", value=count)
+        if isinstance(value, np.generic):
+            value = value.item()
+        if type(value) is int and value.bit_length() > 64:
+            raise InvalidArgumentError(f"config.{where} is a number of {value.bit_length()} bits; 64 are enough")
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, Mapping):
             for key in value:
                 if type(key) is not str:
-                    raise InvalidArgumentError(f"the config's key {key!r} under {where or 'its top'} is no string")
+                    raise InvalidArgumentError(f"a key under {where or 'its top'} is a {type(key).__name__}, not a string")
             return {key: copy(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             items = [copy(item, (*path, i)) for i, item in enumerate(value)]
@@ -85,8 +87,8 @@ def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[KeyPath]]:
                 tuples.append(path)
             return items
         raise InvalidArgumentError(
-            f"config.{where} is {value!r}, a {type(value).__name__}; a saved config holds str, int, float, bool, None, "
-            "lists, tuples and CfgNodes only",
+            f"config.{where} is a {type(value).__name__}; a saved config holds str, int, float, bool, None, "
+            "lists, tuples and CfgNodes only; convert it",
             value=value,
         )
 
@@ -100,7 +102,7 @@ def from_plain(plain: Plain, tuples: list[KeyPath] | list[list[str | int]]) -> C
     still builds.
 
     Raises:
-        InvalidModelError: `tuples` does not fit.
+        InvalidModelError: `tuples` does not fit, or a section of Detectron2's is none here.
     """
     for path in sorted(tuples, key=len, reverse=True):
         try:
@@ -116,19 +118,13 @@ def from_plain(plain: Plain, tuples: list[KeyPath] | list[list[str | int]]) -> C
         for key, value in defaults.items():
             if key not in node:
                 node[key] = value
-            elif isinstance(node[key], CfgNode) and isinstance(value, CfgNode):
+            elif isinstance(value, CfgNode):
+                if not isinstance(node[key], CfgNode):
+                    raise InvalidModelError(f"the config's {key} is {reprlib.repr(node[key])}, not a section", value=key)
                 complete(node[key], value)
 
     complete(cfg, get_cfg())
     return cfg
-
-
-def dump(plain: Plain) -> bytes:
-    """A plain config as YAML."""
-    text: bytes = yaml.dump(
-        plain, Dumper=_DUMPER, sort_keys=True, default_flow_style=None, allow_unicode=True, encoding="utf-8"
-    )
-    return text
 
 
 def read(folder: Path) -> Plain:
@@ -138,12 +134,7 @@ def read(folder: Path) -> Plain:
         CorruptFileError: It is missing or no YAML.
         UnsafeFileError: It is too large or too deep, or holds tags, aliases or ``_BASE_``.
     """
-    text = files.read_small(folder, CONFIG)
-    try:
-        _check_events(text)
-        plain = yaml.load(text, Loader=_LOADER)
-    except (yaml.YAMLError, UnicodeError, ValueError, RecursionError) as exc:
-        raise CorruptFileError(f"{CONFIG} in {folder} is no configuration: {exc}", file=CONFIG) from exc
+    plain = plain_yaml.load(files.read_small(folder, CONFIG), CONFIG)
     if not isinstance(plain, dict):
         raise CorruptFileError(f"{CONFIG} in {folder} holds a {type(plain).__name__}, not a mapping", file=CONFIG)
     try:
@@ -151,28 +142,6 @@ def read(folder: Path) -> Plain:
     except InvalidArgumentError as exc:
         raise UnsafeFileError(f"{CONFIG} in {folder}: {exc}", file=CONFIG) from exc
     return plain
-
-
-def _check_events(text: bytes) -> None:
-    """Refuses what a config never has, before anything is built: libyaml's composer overflows the C stack on deep nesting."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_LOADER):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        found = None
-        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
-        if depth > MAX_DEPTH:
-            found = f"nesting deeper than {MAX_DEPTH}"
-        elif anchor is not None:  # of an alias too
-            found = f"the anchor {anchor!r}"
-        elif tag is not None:
-            found = f"the tag {tag!r}"
-        elif isinstance(event, yaml.ScalarEvent) and event.value == "_BASE_":
-            found = "_BASE_, which would read another file"
-        if found:
-            raise UnsafeFileError(f"{CONFIG} holds {found}", file=CONFIG, value=found)
 
 
 def input_of(cfg: CfgNode) -> Input:
@@ -186,12 +155,24 @@ def dataset_of(cfg: CfgNode) -> Dataset | None:
         return None
     name = cfg.DATASETS.TEST[0]
     known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog.list() else {}
-    fields = {key: known[key] for key in Dataset.model_fields if key != "name" and known.get(key) is not None}
+    fields: dict[str, Any] = {}
+    for key in Dataset.model_fields:
+        value = known.get(key)
+        if key == "name" or value is None:
+            continue
+        if key in ("thing_classes", "stuff_classes"):
+            value = [str(each) for each in value]
+        try:
+            Dataset.model_validate({"name": name, key: value})
+        except ValidationError as exc:  # no reason not to save the model
+            warnings.warn(f"{key} of the dataset {name!r} is not kept with the model: {exc}", stacklevel=2)
+        else:
+            fields[key] = value
     return Dataset(name=name, **fields)
 
 
 def entries_of(cfg: CfgNode) -> list[Entry]:
-    """The registry entries that the config names, in whichever registries this process has."""
+    """The entries of Detectron2's registries that the config names, whoever registered them."""
     named = set(_strings(cfg))
     entries = {
         (registry._name, name): Entry(registry=registry._name, name=name, module=entry.__module__)
@@ -214,20 +195,20 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _registries() -> Iterator[Registry]:
-    for module in list(sys.modules.values()):
-        for value in list(getattr(module, "__dict__", {}).values()):
-            if isinstance(value, Registry):
-                yield value
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "detectron2":
+            yield from (value for value in list(vars(module).values()) if isinstance(value, Registry))
 
 
 def import_entries(entries: list[Entry]) -> None:
-    """Imports the modules of Detectron2 that define a model's registry entries.
+    """Imports the modules of Detectron2 that define a model's registry entries, where they are not registered yet.
 
     Raises:
-        UnknownEntryError: A module from elsewhere is needed and is not imported yet.
+        UnknownEntryError: An entry is defined elsewhere, and nobody registered it yet.
     """
     for entry in entries:
-        if entry.module in sys.modules:
+        registered = {(registry._name, name) for registry in _registries() for name, _ in registry}
+        if (entry.registry, entry.name) in registered or entry.module in sys.modules:
             continue
         if not _DETECTRON2_MODULE.match(entry.module):
             raise UnknownEntryError(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bentoml_detectron import __version__
-from bentoml_detectron.artifact import bentoml_v1, config, manifest, weights
+from bentoml_detectron.artifact import bentoml_v1, config, files, manifest, plain_yaml, weights
 from bentoml_detectron.artifact.manifest import Dataset, Manifest
 from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError, UnsafeFileError
 
@@ -49,6 +49,10 @@ class SavedModel:
             manifest.check_file(self.folder, weights.WEIGHTS, self.manifest)
         return weights.read(self.folder)
 
+    def weights_size(self) -> int:
+        """Size of the weights file in bytes."""
+        return files.size(self.folder, weights.WEIGHTS)
+
     def warn_of_other_weights(self, state: weights.State) -> None:
         """Warns where BentoML's adapter saved the model and would have used other weights than its own `state`."""
         if self.manifest is None and self.is_predictor:
@@ -56,16 +60,18 @@ class SavedModel:
 
 
 def write_parts(folder: Path, module: nn.Module, cfg: CfgNode) -> None:
-    """Writes weights and config of a model into a folder.
+    """Writes weights and config of a model into a folder, and reads them again as loading will.
 
     Raises:
         InvalidArgumentError: The config cannot be kept as plain data.
+        InvalidModelError: The module's state holds something else than plain tensors.
     """
     plain, _ = config.to_plain(cfg)
-    (folder / config.CONFIG).write_bytes(config.dump(plain))
+    (folder / config.CONFIG).write_bytes(plain_yaml.dump(plain))
     if config.read(folder) != plain:
         raise InvalidArgumentError("the config does not survive being written as YAML; keep it to finite plain values")
     weights.write(module, folder)
+    weights.read(folder)
 
 
 def seal(folder: Path, cfg: CfgNode, *, is_predictor: bool) -> None:
@@ -137,19 +143,21 @@ def open_bentoml_v1(folder: Path, *, is_predictor: bool) -> SavedModel:
     return SavedModel(folder, is_predictor, config.from_plain(plain, tuples), None, None)
 
 
-def _warn_of_other_weights(state: weights.State, source: str) -> None:
+def _warn_of_other_weights(state: weights.State, source: object) -> None:
     """Warns where BentoML's adapter, which reloads a predictor from its original weights, would have used others."""
-    path = Path(source)
     differ: bool | None
+    if source is not None and not isinstance(source, str):
+        return  # it would have failed
     if not source:
         differ = True  # it would have initialised the model at random
     elif "://" in source:
         differ = None
     else:
+        path = Path(source)
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 return
-        except OSError:
+        except (OSError, ValueError):
             return  # it would have failed
         differ = weights.differ(state, path.parent, path.name)
     if differ is False:
