@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def check_saveable(module: nn.Module, cfg: CfgNode) -> None:
     """
     plain, tuples = config.to_plain(cfg)
     cpu = torch.device("cpu")
-    rebuilt = _build(lambda: build_model(_without_weights(config.from_plain(plain, tuples), cpu)), cpu, math.inf)
+    rebuilt = _build(lambda: build_model(_without_weights(config.from_plain(plain, tuples), cpu)), math.inf)
     weights.check(
         module.state_dict(), rebuilt, "the module's weights are not those that its config asks for; save it with the config "
         "that it was built with",
@@ -156,18 +157,23 @@ def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
     """
     device = check_device(device_id)
     cfg = _without_weights(saved.cfg, device)
-    with ThreadPoolExecutor(1, thread_name_prefix="read-weights") as pool:
-        reading = pool.submit(saved.read_weights)
+    with ThreadPoolExecutor(1, thread_name_prefix="check-weights") as pool:
+        checked = pool.submit(saved.check_weights_file)
         # With no weights named, DefaultPredictor leaves its model as it was built.
         most_bytes = 4 * saved.weights_size() + (1 << 30)
-        built = _build(lambda: DefaultPredictor(cfg) if saved.is_predictor else build_model(cfg), device, most_bytes)
-        state = reading.result()
+        built = _build(lambda: DefaultPredictor(cfg) if saved.is_predictor else build_model(cfg), most_bytes)
+        try:
+            state = weights.read(saved.folder)
+        finally:
+            checked.result()  # damage explains whatever else is wrong
     module = built.model if saved.is_predictor else built
     message = f"{weights.WEIGHTS} in {saved.folder} does not belong to the model's config"
     weights.check(state, module, message, weights.WEIGHTS)
     saved.warn_of_other_weights(state)
     weights.assign(state, module)
-    module.eval().to(device)
+    module.eval()
+    if device.type != "cpu":
+        module.to(device)
     if saved.is_predictor:
         built.cfg.MODEL.WEIGHTS = str(saved.folder / weights.WEIGHTS)
         if saved.dataset is not None:
@@ -184,9 +190,11 @@ def _without_weights(cfg: CfgNode, device: torch.device) -> CfgNode:
     return cfg
 
 
-def _build(build: Callable[[], Any], device: torch.device, most_bytes: float) -> Any:
+def _build(build: Callable[[], Any], most_bytes: float) -> Any:
     try:
-        with torch.device(device), _NoRandomInit(most_bytes):  # whatever the caller's default device is
+        # Detectron2 builds on PyTorch's default device, the CPU, and moves what it built; the caller may have changed it.
+        default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+        with default, _NoRandomInit(most_bytes):
             return build()
     except DetectronError:
         raise

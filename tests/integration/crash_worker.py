@@ -1,8 +1,8 @@
 """Run by test_crash.py: imports everything once, then forks a child for each save that the test wants to disturb.
 
 Reads lines from standard input: ``paused NAME`` forks a child that stops itself before it saves; ``storm P N`` forks P children
-that save N times each, at once. Prints a child's process id, and its exit status once it ended: 0 saved, 3 refused with one of this
-package's errors, 4 anything else.
+that save N times each, at once. Prints a child's process id, and its exit status once it ended: 0 saved, 3 refused with one of
+this package's errors, 4 anything else.
 """
 
 from __future__ import annotations

@@ -207,9 +207,10 @@ def import_entries(entries: list[Entry]) -> None:
         UnknownEntryError: An entry is defined elsewhere, and nobody registered it yet.
     """
     for entry in entries:
-        registered = {(registry._name, name) for registry in _registries() for name, _ in registry}
-        if (entry.registry, entry.name) in registered or entry.module in sys.modules:
+        if entry.module in sys.modules:
             continue
+        if any(registry._name == entry.registry and entry.name in registry for registry in _registries()):
+            continue  # from another place
         if not _DETECTRON2_MODULE.match(entry.module):
             raise UnknownEntryError(
                 f"the model needs {entry.name!r} of the registry {entry.registry}, defined in the module {entry.module!r}; "

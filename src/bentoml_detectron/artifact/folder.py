@@ -43,11 +43,10 @@ class SavedModel:
     dataset: Dataset | None
     manifest: Manifest | None
 
-    def read_weights(self) -> weights.State:
-        """Checks the weights file and maps its tensors into memory; see `weights.read`."""
+    def check_weights_file(self) -> None:
+        """Compares the weights file with its digest; runs outside the interpreter's lock."""
         if self.manifest is not None:
             manifest.check_file(self.folder, weights.WEIGHTS, self.manifest)
-        return weights.read(self.folder)
 
     def weights_size(self) -> int:
         """Size of the weights file in bytes."""

@@ -1,7 +1,7 @@
 """``manifest.json``: what a saved model says of itself.
 
-The file's own last entry is the SHA-256 of the rest, and only one spelling of a manifest is valid, so no flipped bit in it goes
-unseen. Format changes: raise `FORMAT`, and keep reading the earlier ones beside `Manifest`, one function a format.
+One entry is the SHA-256 of the file itself, with zeros in that entry's place, so no flipped bit goes unseen. Format changes:
+raise `FORMAT`, and keep reading the earlier ones beside `Manifest`, one function a format.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bentoml_detectron.errors import CorruptFileError, UnsupportedFormatError
 FORMAT: Literal[1] = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest_sha256"
+_ZEROS = "0" * 64
 
 _Name = Annotated[str, Field(max_length=1000)]
 _Names = Annotated[list[_Name], Field(max_length=100_000)]
@@ -87,15 +88,20 @@ class Manifest(_Part):
     files: Annotated[dict[_Name, FileRecord], Field(max_length=100)]
 
 
-def _spell(content: dict[str, object]) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+def _digest(text: bytes, written: str) -> str:
+    """SHA-256 of a manifest's text, with zeros in the place of the digest itself."""
+    return hashlib.sha256(text.replace(written.encode(), _ZEROS.encode())).hexdigest()
+
+
+def spell(content: dict[str, object]) -> bytes:
+    """A manifest's text for its content, whatever digest that has."""
+    text = json.dumps({**content, DIGEST: _ZEROS}, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    return text.replace(_ZEROS.encode(), _digest(text, _ZEROS).encode())
 
 
 def dump(manifest: Manifest) -> bytes:
-    """The one spelling of a manifest."""
-    content = manifest.model_dump(mode="json", exclude_none=False)
-    content[DIGEST] = hashlib.sha256(_spell(content)).hexdigest()
-    return _spell(content)
+    """A manifest's text."""
+    return spell(manifest.model_dump(mode="json"))
 
 
 def read(folder: Path) -> Manifest:
@@ -110,14 +116,12 @@ def read(folder: Path) -> Manifest:
     try:
         content = json.loads(text)
         written = content.pop(DIGEST)
-        found = hashlib.sha256(_spell(content)).hexdigest()
-        canonical = _spell({**content, DIGEST: written}) == text
+        intact = len(written) == len(_ZEROS) and text.count(written.encode()) == 1 and _digest(text, written) == written
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as exc:
         raise CorruptFileError(f"{MANIFEST} in {folder} is no manifest: {exc!r}", file=MANIFEST) from exc
-    if written != found or not canonical:
+    if not intact:
         raise CorruptFileError(
-            f"{MANIFEST} in {folder} is damaged: it says its SHA-256 is {written!r}, which is {found}; save the model again",
-            file=MANIFEST,
+            f"{MANIFEST} in {folder} is damaged: its digest is not its own; save the model again", file=MANIFEST
         )
     if isinstance(content.get("format"), int) and content["format"] > FORMAT:
         raise UnsupportedFormatError(
@@ -133,7 +137,8 @@ def read(folder: Path) -> Manifest:
 
 def record(folder: Path, name: str) -> FileRecord:
     """Takes a file's size and digests."""
-    return FileRecord(size=files.size(folder, name), sha256=files.sha256(folder, name), xxh3_128=files.checksum(folder, name))
+    sha256, xxh3_128 = files.digests(folder, name)
+    return FileRecord(size=files.size(folder, name), sha256=sha256, xxh3_128=xxh3_128)
 
 
 def check_file(folder: Path, name: str, manifest: Manifest) -> None:
