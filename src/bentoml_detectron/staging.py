@@ -81,26 +81,34 @@ def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Ca
             if final.exists():
                 raise SaveError(f"{name}:{version} is in the model store already; give a new version", value=str(final))
             final.parent.mkdir(exist_ok=True)
-            latest = final.parent / "latest"
-            before = latest.read_bytes() if latest.is_file() else None
-            content.rename(final)
             try:
-                sync_folder(store)
-                sync_folder(final.parent)
-                _point_latest(content.parent, final, is_newer)
+                _move_in(content, final, is_newer)
             except BaseException:
-                final.rename(content)
-                if before is None:
-                    latest.unlink(missing_ok=True)
-                else:
-                    (content.parent / "before").write_bytes(before)
-                    (content.parent / "before").replace(latest)
                 with suppress(OSError):
                     final.parent.rmdir()  # succeeds only where this save made it
                 raise
     except OSError as exc:
         raise SaveError(f"cannot put {name}:{version} into the model store {store}: {exc}", value=str(final)) from exc
     return final
+
+
+def _move_in(content: Path, final: Path, is_newer: Callable[[Path], bool]) -> None:
+    """Renames a folder to its final name and points `latest` to it; undoes both if either fails."""
+    latest = final.parent / "latest"
+    before = latest.read_bytes() if latest.is_file() else None
+    content.rename(final)
+    try:
+        sync_folder(final.parent.parent)
+        sync_folder(final.parent)
+        _point_latest(content.parent, final, is_newer)
+    except BaseException:
+        final.rename(content)
+        if before is None:
+            latest.unlink(missing_ok=True)
+        else:
+            (content.parent / "before").write_bytes(before)
+            (content.parent / "before").replace(latest)
+        raise
 
 
 def _point_latest(scratch: Path, final: Path, is_newer: Callable[[Path], bool]) -> None:
@@ -143,7 +151,8 @@ def _lock(path: Path, kind: int) -> int:
 
 
 def _unlock(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
     os.close(descriptor)
 
 

@@ -88,15 +88,15 @@ class Manifest(_Part):
     files: Annotated[dict[_Name, FileRecord], Field(max_length=100)]
 
 
-def _digest(text: bytes, written: str) -> str:
-    """SHA-256 of a manifest's text, with zeros in the place of the digest itself."""
-    return hashlib.sha256(text.replace(written.encode(), _ZEROS.encode())).hexdigest()
+def _entry(digest: str) -> bytes:
+    """The digest's entry as it stands in the text; quotes make it impossible inside another string."""
+    return f'"{DIGEST}": "{digest}"'.encode()
 
 
 def spell(content: dict[str, object]) -> bytes:
     """A manifest's text for its content, whatever digest that has."""
     text = json.dumps({**content, DIGEST: _ZEROS}, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-    return text.replace(_ZEROS.encode(), _digest(text, _ZEROS).encode())
+    return text.replace(_entry(_ZEROS), _entry(hashlib.sha256(text).hexdigest()))
 
 
 def dump(manifest: Manifest) -> bytes:
@@ -116,7 +116,8 @@ def read(folder: Path) -> Manifest:
     try:
         content = json.loads(text)
         written = content.pop(DIGEST)
-        intact = len(written) == len(_ZEROS) and text.count(written.encode()) == 1 and _digest(text, written) == written
+        zeroed = text.replace(_entry(written), _entry(_ZEROS))
+        intact = text.count(_entry(written)) == 1 and hashlib.sha256(zeroed).hexdigest() == written
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as exc:
         raise CorruptFileError(f"{MANIFEST} in {folder} is no manifest: {exc!r}", file=MANIFEST) from exc
     if not intact:

@@ -153,7 +153,7 @@ def _tensor(
     count = math.prod(size)
     if count > available or (count and offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= available):
         raise _NotPlainError(f"a tensor of shape {tuple(size)}, for which the file has only {record.values.nbytes()} bytes")
-    return torch.empty(0, dtype=record.dtype).set_(record.values, offset, size, stride)
+    return torch.empty(0, dtype=record.dtype, device="cpu").set_(record.values, offset, size, stride)
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:

@@ -18,13 +18,13 @@ SCORE_THRESHOLD = 0.6
 @click.command("demo")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default="demo.png", show_default=True,
               help="Where to write the annotated picture.")  # fmt: skip
-@click.option("--image", type=click.IntRange(0, 19), default=0, show_default=True, help="Which of the 20 sample images.")
+@click.option("--image", type=click.IntRange(0, 19), default=3, show_default=True, help="Which of the 20 sample images.")
 def command(output: Path, image: int) -> None:
     """Save the demo model, load it back and detect handwritten digits.
 
     \b
     Example:
-      bentoml detectron demo --image 3 --output digits.png
+      bentoml detectron demo --image 7 --output digits.png
     """
     import numpy as np
     from PIL import Image
