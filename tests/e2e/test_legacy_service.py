@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,7 +50,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("batchable", [False, True], ids=["one", "batchable"])
 def test_answers_are_the_predictors(batchable, demo_predictor, tmp_path):
-    """Four requests at once get what the predictor gives for each picture."""
+    """Eight requests at once get what the predictor gives for each picture, and batchable ones meet in batches."""
     import numpy as np
     from PIL import Image
 
@@ -70,14 +71,14 @@ def test_answers_are_the_predictors(batchable, demo_predictor, tmp_path):
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(url, tmp_path / "server.log")
-        paths = demo.images()[:4]
+        paths = demo.images()[:8]
 
         def ask(path: Path) -> dict:
             answer = httpx.post(f"{url}/predict", files={"image": (path.name, path.read_bytes(), "image/jpeg")}, timeout=60)
             assert answer.status_code == 200, answer.text
             return answer.json()
 
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(ask, paths))
         for path, answer in zip(paths, answers, strict=True):
             bgr = np.ascontiguousarray(np.asarray(Image.open(path).convert("RGB"))[:, :, ::-1])
@@ -87,6 +88,14 @@ def test_answers_are_the_predictors(batchable, demo_predictor, tmp_path):
             assert np.allclose(answer["scores"], expected.scores.numpy(), atol=1e-5)
             assert np.allclose(answer["boxes"], expected.pred_boxes.tensor.numpy(), atol=1e-2)
             assert np.allclose(answer["mask_pixels"], expected.pred_masks.sum((1, 2)).numpy(), atol=2)
+        if batchable:
+            metrics = httpx.get(f"{url}/metrics", timeout=10).text
+            total, count = (
+                sum(float(value) for value in re.findall(rf"adaptive_batch_size_{kind}{{.*}} (\S+)", metrics))
+                for kind in ("sum", "count")
+            )
+            assert total >= 8
+            assert count < total, "every image went through the model alone"
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         try:
