@@ -10,6 +10,7 @@ import numpy as np
 from bentoml._internal.models.model import ModelSignature
 from bentoml._internal.models.model import PartialKwargsModelOptions as ModelOptions
 
+from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.store import IS_PREDICTOR, load_model
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _method(name: str, signature: ModelSignature, is_predictor: bool, fixed: dic
 
 def _one(args: tuple[Any, ...]) -> Iterable[Any]:
     if len(args) != 1:
-        raise TypeError(f"a batchable method takes one list of images, not {len(args)} arguments")
+        raise InvalidArgumentError(f"a batchable method takes one list of images, not {len(args)} arguments", value=len(args))
     return args[0]  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,7 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(BENTOML), "detectron", *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_command_saves_loads_detects_and_draws(tmp_path):
     result = run("demo", "--output", "found.png", folder=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -38,6 +39,7 @@ def test_command_saves_loads_detects_and_draws(tmp_path):
     assert 0.01 < changed.mean() < 0.9  # something is drawn, on the picture
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_and_exit_status_1(tmp_path):
     result = run("demo", "--output", "no/such/folder/found.png", folder=tmp_path)
     assert result.returncode == 1
@@ -48,6 +50,7 @@ def test_errors_are_one_line_and_exit_status_1(tmp_path):
     assert "Traceback" in run("--debug", "demo", "--output", "no/such/folder/found.png", folder=tmp_path).stderr
 
 
+@pytest.mark.slow
 def test_help_has_an_example(tmp_path):
     assert "bentoml detectron demo --image 7" in run("demo", "--help", folder=tmp_path).stdout
     assert "demo" in run("--help", folder=tmp_path).stdout

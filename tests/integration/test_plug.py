@@ -19,6 +19,7 @@ def test_after_a_plain_import():
     assert run_python(f"import bentoml; {SAYS}").stdout.strip() == "bentoml_detectron.store"
 
 
+@pytest.mark.slow
 def test_by_its_own_import():
     assert run_python(f"import bentoml.detectron; {SAYS}").stdout.strip() == "bentoml_detectron.store"
     assert run_python("from bentoml.detectron import get; print(get.__module__)").stdout.strip() == "bentoml_detectron.store"
@@ -39,6 +40,7 @@ assert type(bentoml.detectron) is type(sys) and bentoml.detectron is not first
     run_python(code)
 
 
+@pytest.mark.slow
 def test_no_deprecation_warning():
     """BentoML warns whoever uses its own adapter; whoever uses this one is not warned."""
     code = "import warnings; warnings.simplefilter('always')\nimport bentoml; bentoml.detectron.save_model"
@@ -47,6 +49,7 @@ def test_no_deprecation_warning():
     assert "`bentoml.detectron` is deprecated" in off.stderr
 
 
+@pytest.mark.slow
 def test_off_switch_leaves_bentoml_as_it_is():
     off = run_python(f"import bentoml; {SAYS}", BENTOML_DETECTRON_PLUG="0")
     assert off.stdout.strip() == "bentoml._internal.frameworks.detectron"
@@ -55,6 +58,7 @@ def test_off_switch_leaves_bentoml_as_it_is():
     assert off.stdout.strip() == "bentoml_detectron.store"
 
 
+@pytest.mark.slow
 def test_plug_changes_nothing_else_of_bentoml():
     code = """
 import sys, bentoml, importlib, importlib.resources

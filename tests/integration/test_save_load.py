@@ -113,6 +113,7 @@ def test_changing_a_loaded_model_leaves_the_saved_one_alone():
     assert Path(saved.path_of("saved_model.pth")).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_class_names_come_back_in_a_process_that_does_not_know_the_dataset(demo_predictor):
     saved = bentoml.detectron.save_model("names", demo_predictor)
     code = "import bentoml, sys; print(bentoml.detectron.load_model(sys.argv[1]).metadata.thing_classes)"
@@ -366,6 +367,7 @@ def test_export_and_import_keep_a_model_whole(tmp_path, demo_predictor, demo_ima
     assert_same(bentoml.detectron.load_model(imported.tag)(demo_image), demo_predictor(demo_image))
 
 
+@pytest.mark.slow
 def test_missing_detectron2_is_said_with_the_install_line(tmp_path):
     """Where Detectron2 cannot be imported, BentoML's own exception says how to install it."""
     code = """
@@ -399,6 +401,7 @@ def test_checkpoint_with_frozen_config_from_a_file(tmp_path):
     assert tensors(expected)[".instances.scores"].numel() > 5
 
 
+@pytest.mark.slow
 def test_models_own_class_names_win_over_another_dataset_of_that_name(demo_predictor):
     """A dataset that was labelled anew under its old name."""
     saved = bentoml.detectron.save_model("renamed", demo_predictor)
