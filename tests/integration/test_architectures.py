@@ -1,20 +1,25 @@
 """Every family of Detectron2's zoo that a pure-Python build can run: saved, loaded, and the same outputs bit for bit.
 
-The configs are the zoo's own, made narrower, with random weights. FCOS is in the zoo as a LazyConfig only.
+The configs are the zoo's own, made narrower, with random weights. FCOS is in the zoo as a LazyConfig only; here a registered
+function builds it, as whoever wants it by a CfgNode would do.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 
 import bentoml
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.config import get_cfg
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 
 from support import assert_same, built, picture, run_python, tensors
+
+no_fcos = importlib.util.find_spec("detectron2.modeling.meta_arch.fcos") is None
 
 ZOO = {
     "Faster R-CNN, C4": "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml",
@@ -148,7 +153,25 @@ def panoptic_deeplab():
     return narrowed(cfg)
 
 
+@META_ARCH_REGISTRY.register()
+def build_fcos_of_the_zoo(cfg):
+    model = LazyConfig.load(model_zoo.get_config_file("common/models/fcos.py")).model
+    model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = "BN"
+    model.head.norm = "BN"  # Detectron2 0.6 tries GroupNorm out on one channel, which PyTorch no longer takes
+    model.pixel_std = list(cfg.MODEL.PIXEL_STD)
+    model.test_score_thresh = 0.0
+    model.max_detections_per_image = cfg.TEST.DETECTIONS_PER_IMAGE
+    return instantiate(model)
+
+
+def fcos():
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "build_fcos_of_the_zoo"
+    return narrowed(cfg)
+
+
 PROJECTS = {
+    "FCOS": pytest.param(fcos, marks=pytest.mark.skipif(no_fcos, reason="this Detectron2 has no FCOS")),
     "PointRend": point_rend,
     "PointRend, semantic": point_rend_semantic,
     "DeepLab v3+": deeplab,
