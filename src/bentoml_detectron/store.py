@@ -152,18 +152,40 @@ def save_model(
         bento_model = bentoml.detectron.save_model("mask_rcnn", predictor)
     """
     tag = _check_tag(name)
-    if tag.version == "latest":
-        raise InvalidArgumentError(
-            f"{str(name)!r}: 'latest' is BentoML's name for the newest version; give another", value=name
-        )
     from bentoml_detectron.artifact import folder
     from bentoml_detectron.model import check_saveable, take_apart
 
     module, cfg, is_predictor = take_apart(checkpointables, config)
     if is_predictor and config is not None:
         logger.warning("config is ignored when 'checkpointables' is a DefaultPredictor, which brings its own.")
+    info = _record(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
+    check_saveable(module, cfg)
+    store = Path(BentoMLContainer.model_store_dir.get())
+    with staged(store) as scratch, _one_error(info.tag):
+        content = scratch / "model"
+        content.mkdir()
+        with (content / RECORD).open("w", encoding="utf-8") as file:
+            info.dump(file)
+        _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, external_modules or [])
+        folder.write_parts(content, module, cfg)
+        folder.seal(content, cfg, is_predictor=is_predictor)
+        publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
+    return get(info.tag)
+
+
+def _record(
+    tag: Tag,
+    is_predictor: bool,
+    detectron2: str,
+    signatures: ModelSignaturesType | None,
+    labels: dict[str, str] | None,
+    metadata: dict[str, Any] | None,
+) -> ModelInfo:
+    """BentoML's record of a new model; BentoML converts metadata in place, so it gets copies."""
+    if tag.version == "latest":
+        raise InvalidArgumentError(f"{str(tag)!r}: 'latest' is BentoML's name for the newest version; give another", value=tag)
     try:
-        info = ModelInfo(
+        return ModelInfo(
             tag=tag if tag.version else tag.make_new_version(),
             module=MODULE,
             api_version=API_VERSION,
@@ -171,26 +193,18 @@ def save_model(
             labels=dict(labels or {}),
             options=PartialKwargsModelOptions(),
             metadata={**copy.deepcopy(metadata or {}), IS_PREDICTOR: is_predictor},
-            context=ModelContext(framework_name="detectron2", framework_versions={"detectron2": folder.detectron2_version()}),
+            context=ModelContext(framework_name="detectron2", framework_versions={"detectron2": detectron2}),
         )
     except (TypeError, ValueError, BentoMLException) as exc:
         raise InvalidArgumentError(f"BentoML does not take these signatures, labels or metadata: {exc}") from exc
-    check_saveable(module, cfg)
-    store = Path(BentoMLContainer.model_store_dir.get())
-    with staged(store) as scratch, _one_error(info.tag):
-        content = scratch / "model"
-        content.mkdir()
-        with (content / "model.yaml").open("w", encoding="utf-8") as file:
-            info.dump(file)
-        pickled_cfg = cfg.clone()
-        pickled_cfg.defrost()  # BentoML's own adapter sets the device in it
-        objects = {**(custom_objects or {}), "config": pickled_cfg}
-        with _by_value(external_modules or []), (content / "custom_objects.pkl").open("wb") as pickled:
-            cloudpickle.dump(objects, pickled)
-        folder.write_parts(content, module, cfg)
-        folder.seal(content, cfg, is_predictor=is_predictor)
-        publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
-    return get(info.tag)
+
+
+def _pickle_objects(path: Path, objects: dict[str, Any], cfg: CfgNode, by_value: list[ModuleType]) -> None:
+    """Writes what BentoML's contract asks for and this package never reads."""
+    cfg = cfg.clone()
+    cfg.defrost()  # BentoML's own adapter sets the device in it
+    with _by_value(by_value), path.open("wb") as file:
+        cloudpickle.dump({**objects, "config": cfg}, file)
 
 
 class _Store(ModelStore):
