@@ -10,11 +10,13 @@ Usage::
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import statistics
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
 os.environ["BENTOML_HOME"] = (home := tempfile.TemporaryDirectory(prefix="bench-load-")).name
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
@@ -27,6 +29,8 @@ from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+
+from bentoml_detectron.artifact import files, weights
 
 
 def seconds(load, tag) -> float:
@@ -60,6 +64,26 @@ def main() -> None:
     print("| loader | seconds |\n|---|---|")
     print(f"| BentoML's adapter | {old:.3f} |\n| this package | {new:.3f} |")
     print(f"ratio, pair by pair: median {statistics.median(ratios):.1f} (min {ratios[0]:.1f}, max {ratios[-1]:.1f})")
+    print_parts(Path(bentoml.detectron.get(tag).path), pairs)
+
+
+def print_parts(folder: Path, runs: int) -> None:
+    """Why the weights file is read and checked as it is: each way on its own."""
+    path = folder / weights.WEIGHTS
+    ways = {
+        "tensors by `artifact.weights.read`": lambda: weights.read(folder),
+        "tensors by `torch.load(weights_only=True, mmap=True)`": lambda: torch.load(path, weights_only=True, mmap=True),
+        "XXH3-128 of the file": lambda: files.checksum(folder, path.name),
+        "SHA-256 of the file": lambda: hashlib.file_digest(path.open("rb"), "sha256"),
+    }
+    print(f"\nParts on their own, median of {runs}\n| part | ms |\n|---|---|")
+    for name, way in ways.items():
+        times = []
+        for _ in range(runs + 1):
+            start = time.perf_counter()
+            way()
+            times.append((time.perf_counter() - start) * 1e3)
+        print(f"| {name} | {statistics.median(times[1:]):.1f} |")
 
 
 if __name__ == "__main__":

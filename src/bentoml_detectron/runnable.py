@@ -35,7 +35,8 @@ def get_runnable(bento_model: bentoml.Model) -> type[bentoml.legacy.Runnable]:
         bento_model: A model saved with ``bentoml.detectron``.
 
     Returns:
-        The class; instances load the model.
+        The class; instances load the model, and raise what `load_model` raises. A batchable method that is called with anything
+        but one argument raises `InvalidArgumentError`.
     """
     # Registers how BentoML batches tensors and sends them between processes.
     import bentoml._internal.frameworks.common.pytorch

@@ -151,6 +151,7 @@ def test_first_save_of_a_name_is_whole_or_absent(fault, worker, tmp_path):
     assert len(every) > 10
     for index, (name, number) in enumerate(every):
         status = worker.save(log, "-e", f"inject={name}:{fault}:when={number}", name=f"first-{index}")
+        assert "INJECTED" in log.read_text() or status == -signal.SIGKILL, f"{name} {number} was not reached"
         folder = Path(store._path) / f"first-{index}"
         versions = list(folder.glob("*/"))
         assert len(versions) <= 1

@@ -21,7 +21,7 @@ _CHUNK = 1 << 20
 def open_inside(folder: Path, name: str) -> int:
     """Opens a regular file directly inside a folder for reading and returns its descriptor.
 
-    Links are not followed, and what is no regular file (a pipe, a device) is not opened.
+    Links are not followed, and what is no regular file (a pipe, a device) is refused without waiting for it.
 
     Raises:
         CorruptFileError: The file is not there.

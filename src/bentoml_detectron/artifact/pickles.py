@@ -77,7 +77,7 @@ def check(content: bytes, file: str, opcodes: frozenset[str], is_known: Callable
     stack: list[int] = []  # how many values each unfolds to; 0 is a mark
     memo: dict[int, int] = {}
     position, count = 0, 0
-    while True:  # one loop in one function: a Mask R-CNN has ten thousand opcodes, and loading waits for this
+    while True:  # one loop in one function: a model has thousands of opcodes, and loading waits for this
         opcode = _TABLE[content[position]]
         start = position + 1
         position = start + opcode.size
