@@ -9,18 +9,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bentoml_detectron.drawing import draw
+    from bentoml_detectron.images import Limits
+    from bentoml_detectron.predictor import Predictor
+    from bentoml_detectron.results import Detections, PanopticSegmentation
     from bentoml_detectron.runnable import ModelOptions, get_runnable
-    from bentoml_detectron.store import get, load_model, save_model
+    from bentoml_detectron.store import get, load_model, load_predictor, save_model
+    from bentoml_detectron.verification import VerifyReport, verify
 
-__all__ = ["ModelOptions", "errors", "get", "get_runnable", "load_model", "save_model"]
+__all__ = [
+    "Detections",
+    "Limits",
+    "ModelOptions",
+    "PanopticSegmentation",
+    "Predictor",
+    "VerifyReport",
+    "draw",
+    "errors",
+    "get",
+    "get_runnable",
+    "load_model",
+    "load_predictor",
+    "save_model",
+    "verify",
+]
 __version__ = "0.1.0"
 
 _HOME = {
+    "Detections": "results",
+    "Limits": "images",
     "ModelOptions": "runnable",
+    "PanopticSegmentation": "results",
+    "Predictor": "predictor",
+    "VerifyReport": "verification",
+    "draw": "drawing",
     "get": "store",
     "get_runnable": "runnable",
     "load_model": "store",
+    "load_predictor": "store",
     "save_model": "store",
+    "verify": "verification",
 }
 
 

@@ -4,12 +4,19 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
 
     DetectronError                  BentoMLException
     ├── InvalidArgumentError        InvalidArgument (400), ValueError
-    │   └── UnknownDeviceError
+    │   ├── UnknownDeviceError
+    │   └── ImageError              an image of the call cannot be used
+    │       ├── UnsupportedImageError   its format or colour mode is none that is taken (415)
+    │       ├── DamagedImageError       it is cut short or damaged
+    │       └── ImageTooLargeError      it has more pixels or bytes than the limit (413)
     ├── ModelNotFoundError          NotFound (404)
-    ├── DetectronMissingError       MissingDependencyException
+    ├── DependencyMissingError      MissingDependencyException
+    │   └── DetectronMissingError
+    ├── OutOfMemoryError            ServiceUnavailable (503)
     ├── InvalidModelError           a saved model that cannot be used
     │   ├── CorruptFileError        a file is damaged or missing
     │   ├── UnsafeFileError         a file holds what no saved model should
+    │   │   └── UntrustedCodeError  it asks for code that the caller has not said to trust
     │   ├── UnsupportedFormatError  written by a later version
     │   ├── UnknownEntryError       the config names a registry entry that is not there
     │   └── WeightsMismatchError    weights and config do not belong together
@@ -21,22 +28,30 @@ A message names the offending value and the cure; the value is also an attribute
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
-from bentoml.exceptions import BentoMLException, InvalidArgument, MissingDependencyException, NotFound
+from bentoml.exceptions import BentoMLException, InvalidArgument, MissingDependencyException, NotFound, ServiceUnavailable
 
 __all__ = [
     "CorruptFileError",
+    "DamagedImageError",
+    "DependencyMissingError",
     "DetectronError",
     "DetectronMissingError",
+    "ImageError",
+    "ImageTooLargeError",
     "InvalidArgumentError",
     "InvalidModelError",
     "ModelNotFoundError",
+    "OutOfMemoryError",
     "SaveError",
     "UnknownDeviceError",
     "UnknownEntryError",
     "UnsafeFileError",
     "UnsupportedFormatError",
+    "UnsupportedImageError",
+    "UntrustedCodeError",
     "WeightsMismatchError",
 ]
 
@@ -65,12 +80,50 @@ class UnknownDeviceError(InvalidArgumentError):
     """PyTorch has no such device here."""
 
 
+class ImageError(InvalidArgumentError):
+    """An image of the call cannot be used.
+
+    Attributes:
+        index: The image's place in the call, from 0; the message begins with it.
+    """
+
+    def __init__(self, message: str, *, index: int | None = None, value: Any = None) -> None:
+        super().__init__(message if index is None else f"image {index}: {message}", value=value)
+        self.index = index
+
+
+class UnsupportedImageError(ImageError):
+    """The image's format or colour mode is none that is taken."""
+
+
+class DamagedImageError(ImageError):
+    """The image is cut short or damaged."""
+
+
+class ImageTooLargeError(ImageError):
+    """The image has more pixels or bytes than the limit."""
+
+
+# Not in the classes' bodies: BentoML enters a body's `error_code` in the table by which its clients turn the answers of any
+# service into exceptions.
+UnsupportedImageError.error_code = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+ImageTooLargeError.error_code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
 class ModelNotFoundError(DetectronError, NotFound):
     """The store has no such model, or it belongs to another framework."""
 
 
-class DetectronMissingError(DetectronError, MissingDependencyException):
+class DependencyMissingError(DetectronError, MissingDependencyException):
+    """A library that this needs is not installed."""
+
+
+class DetectronMissingError(DependencyMissingError):
     """Detectron2 is not installed."""
+
+
+class OutOfMemoryError(DetectronError, ServiceUnavailable):
+    """One image takes more memory than there is."""
 
 
 class InvalidModelError(DetectronError):
@@ -91,6 +144,10 @@ class CorruptFileError(InvalidModelError):
 
 class UnsafeFileError(InvalidModelError):
     """A file of the model holds something that no saved model should; nothing of it was run."""
+
+
+class UntrustedCodeError(UnsafeFileError):
+    """The model asks for code that the caller has not said to trust; nothing of it was run."""
 
 
 class UnsupportedFormatError(InvalidModelError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bentoml_detectron.artifact import config, weights
-from bentoml_detectron.artifact.folder import SavedModel
+from bentoml_detectron.artifact import config, lazy, lazy_build, weights
+from bentoml_detectron.artifact.folder import Description, SavedModel
 from bentoml_detectron.artifact.manifest import Dataset
 from bentoml_detectron.errors import (
     DetectronError,
@@ -71,7 +72,7 @@ class _NoRandomInit(TorchFunctionMode):
         return result
 
 
-def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode, bool]:
+def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode | Mapping[str, Any], bool]:
     """What `save_model` was given, as module, config and whether it is a ``DefaultPredictor``.
 
     Nothing of the caller's is changed; the config is the caller's own object.
@@ -90,10 +91,7 @@ def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode
     if cfg is None:
         raise InvalidArgumentError("config is required when 'checkpointables' is a torch.nn.Module; give its CfgNode")
     if not isinstance(cfg, CfgNode):
-        raise InvalidArgumentError(
-            f"config is a {type(cfg).__name__}; give the detectron2.config.CfgNode that the module was built with",
-            value=cfg,
-        )
+        lazy.model_node(cfg)
     return _unwrapped(checkpointables), cfg, False
 
 
@@ -108,19 +106,36 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
-def check_saveable(module: nn.Module, cfg: CfgNode) -> None:
+def check_saveable(module: nn.Module, description: Description) -> nn.Module:
     """Checks that what will be saved can be loaded: the config builds, and the module's weights are those it asks for.
+
+    Returns:
+        What was built, in evaluation mode, on the module's device and with the module's own tensors as its weights.
 
     Raises:
         InvalidModelError: It does not, or they are not.
     """
-    plain, tuples = config.to_plain(cfg)
-    cpu = torch.device("cpu")
-    rebuilt = _build(lambda: build_model(_without_weights(config.from_plain(plain, tuples), cpu)), math.inf)
+    plain, tuples = copy.deepcopy(description.plain), description.tuples
+
+    def build() -> Any:
+        if description.kind == "lazy":
+            return lazy_build.build(plain, tuples, trusted=lazy_build.targets(plain))
+        return build_model(_without_weights(config.from_plain(plain, tuples), torch.device("cpu")))
+
+    rebuilt: nn.Module = _build(build, math.inf)
+    state = module.state_dict()
     weights.check(
-        module.state_dict(), rebuilt, "the module's weights are not those that its config asks for; save it with the config "
+        state, rebuilt, "the module's weights are not those that its config asks for; save it with the config "
         "that it was built with",
     )  # fmt: skip
+    weights.assign(state, rebuilt)
+    return rebuilt.eval().to(device_of(module))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module lives, as far as that is one device."""
+    return next((tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors),
+                torch.device("cpu"))  # fmt: skip
 
 
 def check_device(device_id: str) -> torch.device:
@@ -151,17 +166,23 @@ def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
         UnknownDeviceError: There is no such device.
     """
     device = check_device(device_id)
-    cfg = _without_weights(saved.cfg, device)
+
+    def build() -> Any:
+        if not isinstance(saved.cfg, CfgNode):
+            return lazy_build.build(saved.cfg, saved.manifest.config_tuples if saved.manifest else (), trusted=saved.trusted)
+        cfg = _without_weights(saved.cfg, device)
+        return DefaultPredictor(cfg) if saved.is_predictor else build_model(cfg)
+
     with ThreadPoolExecutor(1, thread_name_prefix="check-weights") as pool:
         checked = pool.submit(saved.check_weights_file)
         # With no weights named, DefaultPredictor leaves its model as it was built.
         most_bytes = 4 * saved.weights_size() + (1 << 30)
-        built = _build(lambda: DefaultPredictor(cfg) if saved.is_predictor else build_model(cfg), most_bytes)
+        built = _build(build, most_bytes)
         try:
             state = weights.read(saved.folder)
         finally:
             checked.result()  # damage explains whatever else is wrong
-    module = built.model if saved.is_predictor else built
+    module = module_of(built)
     message = f"{weights.WEIGHTS} in {saved.folder} does not belong to the model's config"
     weights.check(state, module, message, weights.WEIGHTS)
     saved.warn_of_other_weights(state)
@@ -174,6 +195,12 @@ def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
         if saved.dataset is not None:
             _complete_metadata(built, saved.dataset)
     return built
+
+
+def module_of(built: DefaultPredictor | nn.Module) -> nn.Module:
+    """The module of what `load` gives."""
+    module: nn.Module = built.model if isinstance(built, DefaultPredictor) else built
+    return module
 
 
 def _without_weights(cfg: CfgNode, device: torch.device) -> CfgNode:
@@ -190,7 +217,10 @@ def _build(build: Callable[[], Any], most_bytes: float) -> Any:
         # Detectron2 builds on PyTorch's default device, the CPU, and moves what it built; the caller may have changed it.
         default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
         with default, _NoRandomInit(most_bytes):
-            return build()
+            built = build()
+        if not isinstance(module_of(built), nn.Module):
+            raise InvalidModelError(f"the config builds a {type(built).__name__}, not a torch.nn.Module")
+        return built
     except DetectronError:
         raise
     except KeyError as exc:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import bentoml
 import cloudpickle
@@ -21,6 +21,7 @@ from bentoml_detectron.errors import (
     CorruptFileError,
     DetectronError,
     InvalidArgumentError,
+    InvalidModelError,
     ModelNotFoundError,
     SaveError,
 )
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from detectron2.engine import DefaultPredictor
     from torch import nn
+
+    from bentoml_detectron.artifact.folder import Description, SavedModel
+    from bentoml_detectron.artifact.manifest import SelfTest
+    from bentoml_detectron.images import Limits
+    from bentoml_detectron.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +77,13 @@ def get(tag_like: str | Tag) -> Model:
     return model
 
 
-def load_model(bento_model: str | Tag | Model, device_id: str = "cpu") -> DefaultPredictor | nn.Module:
+def load_model(
+    bento_model: str | Tag | Model,
+    device_id: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    trusted: Sequence[str] = (),
+) -> DefaultPredictor | nn.Module:
     """Loads a saved model from its stored weights.
 
     Nothing is unpickled and nothing is fetched: the config is read as plain data, the weights as tensors. They are mapped into
@@ -80,6 +92,9 @@ def load_model(bento_model: str | Tag | Model, device_id: str = "cpu") -> Defaul
     Args:
         bento_model: The model, or its tag, in BentoML's model store.
         device_id: Where the model shall live: ``"cpu"``, ``"cuda"``, ``"cuda:0"``.
+        trust_remote_code: Whether to import the source that the model brings along (`save_model`'s `external_modules`).
+        trusted: Installed modules, or packages above them, that may be imported because the model names them:
+            ``["my_package.backbones"]``. Detectron2's own always may.
 
     Returns:
         A ``detectron2.engine.DefaultPredictor`` if one was saved, else the ``torch.nn.Module``; in evaluation mode, on that
@@ -90,6 +105,8 @@ def load_model(bento_model: str | Tag | Model, device_id: str = "cpu") -> Defaul
         InvalidArgumentError: (``ValueError``) `bento_model` is no tag.
         UnknownDeviceError: (``ValueError``) PyTorch has no such device here.
         InvalidModelError: A file is damaged, unsafe or missing, or weights and config do not belong together.
+        UntrustedCodeError: The model needs code that is not trusted.
+        UnknownEntryError: Its config names a registry entry that is not there.
         DetectronMissingError: (``bentoml.exceptions.MissingDependencyException``) Detectron2 is not installed.
 
     Example::
@@ -97,30 +114,95 @@ def load_model(bento_model: str | Tag | Model, device_id: str = "cpu") -> Defaul
         predictor = bentoml.detectron.load_model("mask_rcnn:latest")
         outputs = predictor(image)  # (H, W, 3) uint8, BGR
     """
+    saved = open_model(bento_model, trust_remote_code=trust_remote_code, trusted=trusted)
+    from bentoml_detectron.model import load
+
+    return load(saved, device_id)
+
+
+def load_predictor(
+    bento_model: str | Tag | Model,
+    device_id: str = "cpu",
+    *,
+    precision: Literal["fp32"] = "fp32",
+    trust_remote_code: bool = False,
+    trusted: Sequence[str] = (),
+    batch: Literal["padded", "exact"] = "padded",
+    max_batch_pixels: int | None = None,
+    limits: Limits | None = None,
+) -> Predictor:
+    """Loads a saved model as a `Predictor`: many images a call, encoded or not, and results that leave Python.
+
+    Args:
+        bento_model: The model, or its tag, in BentoML's model store; a ``DefaultPredictor`` or a module was saved.
+        device_id: As in `load_model`.
+        precision: Of the computation.
+        trust_remote_code: As in `load_model`.
+        trusted: As in `load_model`.
+        batch: "padded": images of one padded shape go through the model together. "exact": each on its own, so that its results
+            do not depend, to the last bit, on what else is in the call. See `Predictor`.
+        max_batch_pixels: Most pixels, padding included, in one batch; None: what half of the free memory takes.
+        limits: Of encoded images: 25 megapixels, 50 MB unless given.
+
+    Returns:
+        The predictor. For one image and fp32 its results are those of ``DefaultPredictor``.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) An argument is out of range.
+        DetectronError: And what `load_model` raises.
+
+    Example::
+
+        predictor = bentoml.detectron.load_predictor("mask_rcnn:latest")
+        for found in predictor(["street.jpg", "park.png"], score_threshold=0.6, classes=["person"]):
+            print(found.to_json())
+    """
+    if precision != "fp32":
+        raise InvalidArgumentError(f"precision={precision!r}; this version computes in 'fp32'", value=precision)
+    saved = open_model(bento_model, trust_remote_code=trust_remote_code, trusted=trusted)
+    from bentoml_detectron.model import load, module_of
+    from bentoml_detectron.predictor import Predictor
+
+    return Predictor(
+        module_of(load(saved, device_id)),
+        saved.input,
+        saved.dataset,
+        batch=batch,
+        max_batch_pixels=max_batch_pixels,
+        limits=limits,
+    )
+
+
+def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:
+    """Finds a saved model and reads all of it but its weights; arguments and errors as in `load_model`."""
     if isinstance(bento_model, Model):
         _check_framework(bento_model)
     else:
         bento_model = get(bento_model)
+    if isinstance(trusted, str) or not all(isinstance(each, str) and each for each in trusted):
+        raise InvalidArgumentError(f"trusted is {trusted!r}; give a list of modules, as ['my_package']", value=trusted)
     from bentoml_detectron.artifact import folder
-    from bentoml_detectron.model import load
 
     is_predictor = bento_model.info.metadata.get(IS_PREDICTOR, True)
     if not isinstance(is_predictor, bool):
         raise CorruptFileError(f"model.yaml of {bento_model.tag} says {IS_PREDICTOR}: {is_predictor!r}", file="model.yaml")
-    reader = folder.open_bentoml_v1 if bento_model.info.api_version == "v1" else folder.open_saved
-    return load(reader(Path(bento_model.path), is_predictor=is_predictor), device_id)
+    path = Path(bento_model.path)
+    if bento_model.info.api_version == "v1":
+        return folder.open_bentoml_v1(path, is_predictor=is_predictor)
+    return folder.open_saved(path, is_predictor=is_predictor, trusted=trusted, trust_remote_code=trust_remote_code)
 
 
 def save_model(
     name: Tag | str,
     checkpointables: DefaultPredictor | nn.Module,
-    config: CfgNode | None = None,
+    config: CfgNode | Mapping[str, Any] | None = None,
     *,
     signatures: ModelSignaturesType | None = None,
     labels: dict[str, str] | None = None,
     custom_objects: dict[str, Any] | None = None,
     external_modules: list[ModuleType] | None = None,
     metadata: dict[str, Any] | None = None,
+    self_test: bool = True,
 ) -> Model:
     """Saves a Detectron2 model, weights and all, to BentoML's model store.
 
@@ -129,20 +211,25 @@ def save_model(
     Args:
         name: The model's name, or a tag with a version of your own.
         checkpointables: A ``detectron2.engine.DefaultPredictor``, or a ``torch.nn.Module`` built by Detectron2.
-        config: The CfgNode that the module was built with. Needed for a module; a predictor brings its own.
+        config: The CfgNode that the module was built with, or its LazyConfig: the ``model`` node, or a whole one, whose
+            ``dataloader.test`` tells the size of images and the dataset. Needed for a module; a predictor brings its own.
         signatures: The model's methods that a legacy runner offers; ``{"__call__": {"batchable": False}}`` unless given.
         labels: BentoML's labels, such as ``{"stage": "dev"}``.
         custom_objects: Python objects to pickle beside the model for `bentoml.Model.custom_objects`; ``"config"`` is set to
             the model's config. This package never reads them back.
-        external_modules: Modules to pickle by value with the custom objects.
+        external_modules: Modules that the model needs and no distribution has. Their source, of each the whole top-level
+            package, travels inside the model and is imported when it is loaded with ``trust_remote_code=True``. Also, as
+            BentoML does, pickled by value with the custom objects.
         metadata: BentoML's metadata, such as ``{"box_ap": 0.4}``.
+        self_test: Whether to run the model on a small fixed image, to check that what is saved finds the same there, and to
+            record it for `verify`. A model that takes more than an image has none.
 
     Returns:
         The saved model.
 
     Raises:
         InvalidArgumentError: (``ValueError``) An argument has the wrong type, `name` is no tag, or `config` is missing.
-        InvalidModelError: The config does not build a model with these weights.
+        InvalidModelError: The config does not build a model with these weights, or one that finds something else.
         SaveError: The version exists already, or the disk would not take it.
         DetectronMissingError: (``bentoml.exceptions.MissingDependencyException``) Detectron2 is not installed.
 
@@ -152,14 +239,17 @@ def save_model(
         bento_model = bentoml.detectron.save_model("mask_rcnn", predictor)
     """
     tag = _check_tag(name)
-    from bentoml_detectron.artifact import folder
+    from bentoml_detectron.artifact import code, folder
     from bentoml_detectron.model import check_saveable, take_apart
 
     module, cfg, is_predictor = take_apart(checkpointables, config)
+    description = folder.describe(cfg)
     if is_predictor and config is not None:
         logger.warning("config is ignored when 'checkpointables' is a DefaultPredictor, which brings its own.")
     info = _record(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
-    check_saveable(module, cfg)
+    rebuilt = check_saveable(module, description)
+    tested = _self_test(module, rebuilt, description) if self_test else None
+    del rebuilt
     store = Path(BentoMLContainer.model_store_dir.get())
     with staged(store) as scratch, _one_error(info.tag):
         content = scratch / "model"
@@ -167,10 +257,37 @@ def save_model(
         with (content / RECORD).open("w", encoding="utf-8") as file:
             info.dump(file)
         _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, external_modules or [])
-        folder.write_parts(content, module, cfg)
-        folder.seal(content, cfg, is_predictor=is_predictor)
+        folder.write_parts(content, module, description.plain)
+        carried = code.write(content, external_modules or [])
+        folder.seal(content, description, is_predictor=is_predictor, external_modules=carried, self_test=tested)
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
     return get(info.tag)
+
+
+def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) -> SelfTest | None:
+    """Records what a module finds, provided that what its config builds finds the same.
+
+    Raises:
+        InvalidModelError: It does not.
+    """
+    from bentoml_detectron import selftest
+
+    try:
+        due = selftest.record(module, description.input, description.dataset)
+    except Exception as exc:  # whatever the model raises that takes more than an image
+        logger.warning("no self-test is recorded: the model does not run on an image alone (%s: %s)", type(exc).__name__, exc)
+        return None
+    try:
+        problems = selftest.compare(due, selftest.record(rebuilt, description.input, description.dataset))
+    except Exception as exc:
+        raise InvalidModelError(f"what the config builds fails where the module does not: {exc!r}") from exc
+    if problems:
+        raise InvalidModelError(
+            f"loaded from its config, the model would not find the same: {'; '.join(problems[:5])}. Set in the config what was "
+            "changed in the module, or save it with self_test=False",
+            value=problems,
+        )
+    return due
 
 
 def _record(
@@ -199,10 +316,11 @@ def _record(
         raise InvalidArgumentError(f"BentoML does not take these signatures, labels or metadata: {exc}") from exc
 
 
-def _pickle_objects(path: Path, objects: dict[str, Any], cfg: CfgNode, by_value: list[ModuleType]) -> None:
+def _pickle_objects(path: Path, objects: dict[str, Any], cfg: CfgNode | Mapping[str, Any], by_value: list[ModuleType]) -> None:
     """Writes what BentoML's contract asks for and this package never reads."""
-    cfg = cfg.clone()
-    cfg.defrost()  # BentoML's own adapter sets the device in it
+    cfg = copy.deepcopy(cfg)
+    if hasattr(cfg, "defrost"):
+        cfg.defrost()  # BentoML's own adapter sets the device in it
     with _by_value(by_value), path.open("wb") as file:
         cloudpickle.dump({**objects, "config": cfg}, file)
 

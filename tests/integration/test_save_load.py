@@ -351,7 +351,7 @@ def test_weights_that_do_not_fit_are_listed_on_load():
     from bentoml_detectron.artifact import folder
 
     (Path(saved.path) / "manifest.json").unlink()
-    folder.seal(Path(saved.path), cfg, is_predictor=False)  # so that the digests are right
+    folder.seal(Path(saved.path), folder.describe(cfg), is_predictor=False)  # so that the digests are right
     with pytest.raises(errors.WeightsMismatchError) as caught:
         bentoml.detectron.load_model(saved)
     assert caught.value.missing == ("roi_heads.box_predictor.bbox_pred.bias",)

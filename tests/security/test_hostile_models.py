@@ -73,7 +73,7 @@ def forged(module, cfg, store, sentinel):
 
 def seal(model: Path, cfg) -> None:
     (model / manifest.MANIFEST).unlink()
-    artifact.seal(model, cfg, is_predictor=False)
+    artifact.seal(model, artifact.describe(cfg), is_predictor=False)
 
 
 def as_old(model: Path, pickled: bytes, *, is_predictor: bool = True) -> None:

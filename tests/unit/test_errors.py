@@ -18,6 +18,10 @@ def test_all_names_what_is_there():
     [
         (errors.InvalidArgumentError, (bentoml_exceptions.InvalidArgument, ValueError), 400),
         (errors.UnknownDeviceError, (bentoml_exceptions.InvalidArgument, ValueError), 400),
+        (errors.ImageError, (errors.InvalidArgumentError,), 400),
+        (errors.UnsupportedImageError, (errors.ImageError,), 415),
+        (errors.DamagedImageError, (errors.ImageError,), 400),
+        (errors.ImageTooLargeError, (errors.ImageError,), 413),
         (errors.ModelNotFoundError, (bentoml_exceptions.NotFound,), 404),
         (errors.DetectronMissingError, (bentoml_exceptions.MissingDependencyException,), 500),
         (errors.InvalidModelError, (), 500),
@@ -35,6 +39,11 @@ def test_place_in_the_tree(kind, parents, status):
     assert kind.error_code == status
 
 
+def test_bentoml_clients_still_answer_with_their_own_exceptions():
+    for kind in bentoml_exceptions.BentoMLException.error_mapping.values():
+        assert kind.__module__ != errors.__name__
+
+
 def test_every_class_is_in_the_drawing():
     for name in errors.__all__:
         assert name in errors.__doc__
@@ -43,6 +52,8 @@ def test_every_class_is_in_the_drawing():
 def test_values_are_attributes():
     assert errors.InvalidArgumentError("no", value=7).value == 7
     assert errors.CorruptFileError("no", file="config.yaml").file == "config.yaml"
+    image = errors.DamagedImageError("no", index=3, value="a.png")
+    assert (str(image), image.index, image.value) == ("image 3: no", 3, "a.png")
     mismatch = errors.WeightsMismatchError("no", missing=["a"], unexpected=["b"], misshaped={"c": ((1,), (2,))}, file="f")
     assert (mismatch.missing, mismatch.unexpected, mismatch.misshaped) == (("a",), ("b",), {"c": ((1,), (2,))})
     assert str(mismatch) == "no\n  missing: a\n  unexpected: b\n  misshaped: c is (1,), should be (2,)"
@@ -56,3 +67,10 @@ def test_errors_cross_process_boundaries(name):
     back = pickle.loads(pickle.dumps(original))
     assert type(back) is type(original)
     assert str(back) == "what and the cure"
+
+
+def test_an_index_crosses_process_boundaries():
+    import pickle
+
+    back = pickle.loads(pickle.dumps(errors.ImageTooLargeError("too large", index=3, value=(9, 9))))
+    assert (str(back), back.index, back.value) == ("image 3: too large", 3, (9, 9))

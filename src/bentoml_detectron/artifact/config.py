@@ -9,7 +9,7 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bentoml_detectron.errors import (
     InvalidModelError,
     UnknownEntryError,
     UnsafeFileError,
+    UntrustedCodeError,
 )
 
 try:
@@ -151,9 +152,11 @@ def input_of(cfg: CfgNode) -> Input:
 
 def dataset_of(cfg: CfgNode) -> Dataset | None:
     """What this process knows of the dataset that the config tests on; None where it names none."""
-    if not cfg.DATASETS.TEST:
-        return None
-    name = cfg.DATASETS.TEST[0]
+    return known_dataset(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+
+
+def known_dataset(name: str) -> Dataset:
+    """What this process knows of a dataset."""
     known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog.list() else {}
     fields: dict[str, Any] = {}
     for key in Dataset.model_fields:
@@ -183,6 +186,11 @@ def entries_of(cfg: CfgNode) -> list[Entry]:
     return [entries[key] for key in sorted(entries)]
 
 
+def is_trusted(module: str, trusted: Sequence[str]) -> bool:
+    """Whether a module is one of the trusted ones, or below one."""
+    return any(module == each or module.startswith(f"{each}.") for each in trusted)
+
+
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -200,26 +208,38 @@ def _registries() -> Iterator[Registry]:
             yield from (value for value in list(vars(module).values()) if isinstance(value, Registry))
 
 
-def import_entries(entries: list[Entry]) -> None:
-    """Imports the modules of Detectron2 that define a model's registry entries, where they are not registered yet.
+def import_entries(entries: list[Entry], trusted: Sequence[str] = (), carried: Sequence[str] = ()) -> None:
+    """Imports the modules that define a model's registry entries, where they are not registered yet.
+
+    Args:
+        entries: As the model's manifest lists them.
+        trusted: Names of modules, or of packages above them, that may be imported besides Detectron2's own.
+        carried: Names of modules that the model brings along and that were not imported.
 
     Raises:
-        UnknownEntryError: An entry is defined elsewhere, and nobody registered it yet.
+        UntrustedCodeError: One of the latter defines an entry.
+        UnknownEntryError: An entry is defined elsewhere and nobody registered it yet, or importing its module failed.
     """
     for entry in entries:
         if entry.module in sys.modules:
             continue
         if any(registry._name == entry.registry and entry.name in registry for registry in _registries()):
             continue  # from another place
-        if not _DETECTRON2_MODULE.match(entry.module):
+        if is_trusted(entry.module, [name.partition(".")[0] for name in carried]):
+            raise UntrustedCodeError(
+                f"the model needs {entry.name!r} of the registry {entry.registry}, defined in {entry.module}, which it brings "
+                "along; if you trust who made the model, load it with trust_remote_code=True",
+                value=entry.module,
+            )
+        if not _DETECTRON2_MODULE.match(entry.module) and not is_trusted(entry.module, trusted):
             raise UnknownEntryError(
                 f"the model needs {entry.name!r} of the registry {entry.registry}, defined in the module {entry.module!r}; "
-                f"if you trust that code, import {entry.module} before loading the model",
+                f"if you trust that code, load the model with trusted=[{entry.module!r}], or import {entry.module} before",
                 value=entry.module,
             )
         try:
             import_module(entry.module)
-        except ModuleNotFoundError as exc:
+        except ImportError as exc:
             raise UnknownEntryError(
                 f"the model needs {entry.name!r} of the registry {entry.registry}, defined in {entry.module}; importing it "
                 f"failed, {exc}",

@@ -5,21 +5,22 @@ from __future__ import annotations
 import platform
 import stat
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from bentoml_detectron import __version__
-from bentoml_detectron.artifact import bentoml_v1, config, files, manifest, plain_yaml, weights
-from bentoml_detectron.artifact.manifest import Dataset, Manifest
-from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError, UnsafeFileError
+from bentoml_detectron.artifact import bentoml_v1, code, config, files, lazy, lazy_build, manifest, plain_yaml, weights
+from bentoml_detectron.artifact.manifest import Dataset, Input, Manifest, SelfTest
+from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError, UnsafeFileError, UntrustedCodeError
 
-if TYPE_CHECKING:
-    from detectron2.config import CfgNode
+# After artifact.config, which says how to install Detectron2 where it is missing.
+from detectron2.config import CfgNode  # isort: skip
 
 BENTOML_FILES = ("model.yaml", "custom_objects.pkl")
 """What BentoML itself writes beside this package's files; the second is never read here."""
@@ -32,16 +33,20 @@ class SavedModel:
     Attributes:
         folder: Where it lies.
         is_predictor: Whether a ``DefaultPredictor`` was saved, or else its bare module.
-        cfg: Its config; `folder`'s own weights are not in it.
+        cfg: Its config; `folder`'s own weights are not in it. Plain data of a LazyConfig's model node.
+        input: How an image gets to it.
         dataset: What it knows of its dataset; None in models of BentoML's adapter, which kept nothing.
         manifest: None in models of BentoML's adapter.
+        trusted: Modules that the plain data may name besides Detectron2's and PyTorch's.
     """
 
     folder: Path
     is_predictor: bool
-    cfg: CfgNode
+    cfg: CfgNode | config.Plain
+    input: Input
     dataset: Dataset | None
     manifest: Manifest | None
+    trusted: tuple[str, ...] = ()
 
     def check_weights_file(self) -> None:
         """Compares the weights file with its digest; runs outside the interpreter's lock."""
@@ -54,18 +59,53 @@ class SavedModel:
 
     def warn_of_other_weights(self, state: weights.State) -> None:
         """Warns where BentoML's adapter saved the model and would have used other weights than its own `state`."""
-        if self.manifest is None and self.is_predictor:
+        if self.manifest is None and self.is_predictor and isinstance(self.cfg, CfgNode):
             _warn_of_other_weights(state, self.cfg.MODEL.WEIGHTS)
 
 
-def write_parts(folder: Path, module: nn.Module, cfg: CfgNode) -> None:
+@dataclass(frozen=True)
+class Description:
+    """A config as it is saved.
+
+    Attributes:
+        kind: Whether it was a CfgNode or a LazyConfig.
+        plain: Its plain data.
+        tuples: Paths of the lists in these that were tuples.
+        input: How an image gets to the model.
+        dataset: What this process knows of the dataset that it tests on.
+        entries: Entries of Detectron2's registries that it names.
+    """
+
+    kind: Literal["yacs", "lazy"]
+    plain: config.Plain
+    tuples: list[config.KeyPath]
+    input: Input
+    dataset: Dataset | None
+    entries: list[manifest.Entry]
+
+
+def describe(cfg: CfgNode | Mapping[str, Any]) -> Description:
+    """Reads a CfgNode, or a LazyConfig: its ``model`` node or a whole one.
+
+    Raises:
+        InvalidArgumentError: It cannot be kept as plain data.
+    """
+    if isinstance(cfg, CfgNode):
+        plain, tuples = config.to_plain(cfg)
+        return Description("yacs", plain, tuples, config.input_of(cfg), config.dataset_of(cfg), config.entries_of(cfg))
+    plain, tuples = lazy.to_plain(cfg)
+    name = lazy.dataset_name(cfg)
+    dataset = None if name is None else config.known_dataset(name)
+    return Description("lazy", plain, tuples, lazy.input_of(cfg), dataset, [])
+
+
+def write_parts(folder: Path, module: nn.Module, plain: config.Plain) -> None:
     """Writes weights and config of a model into a folder, and reads them again as loading will.
 
     Raises:
         InvalidArgumentError: The config cannot be kept as plain data.
         InvalidModelError: The module's state holds something else than plain tensors.
     """
-    plain, _ = config.to_plain(cfg)
     (folder / config.CONFIG).write_bytes(plain_yaml.dump(plain))
     if config.read(folder) != plain:
         raise InvalidArgumentError("the config does not survive being written as YAML; keep it to finite plain values")
@@ -73,17 +113,25 @@ def write_parts(folder: Path, module: nn.Module, cfg: CfgNode) -> None:
     weights.read(folder)
 
 
-def seal(folder: Path, cfg: CfgNode, *, is_predictor: bool) -> None:
+def seal(
+    folder: Path,
+    description: Description,
+    *,
+    is_predictor: bool,
+    external_modules: Sequence[str] = (),
+    self_test: SelfTest | None = None,
+) -> None:
     """Writes the manifest over everything else in the folder."""
-    _, tuples = config.to_plain(cfg)
     content = Manifest(
         format=manifest.FORMAT,
         kind="predictor" if is_predictor else "module",
-        config="yacs",
-        config_tuples=[list(path) for path in tuples],
-        input=config.input_of(cfg),
-        dataset=config.dataset_of(cfg),
-        registry_entries=config.entries_of(cfg),
+        config=description.kind,
+        config_tuples=[list(path) for path in description.tuples],
+        input=description.input,
+        dataset=description.dataset,
+        registry_entries=description.entries,
+        external_modules=list(external_modules),
+        self_test=self_test,
         versions=versions(),
         files={path.name: manifest.record(folder, path.name) for path in sorted(folder.iterdir())},
     )
@@ -108,15 +156,19 @@ def detectron2_version() -> str:
         return str(import_module("detectron2").__version__)
 
 
-def open_saved(folder: Path, *, is_predictor: bool) -> SavedModel:
+def open_saved(folder: Path, *, is_predictor: bool, trusted: Sequence[str] = (), trust_remote_code: bool = False) -> SavedModel:
     """Opens a model that this package saved.
 
     Args:
         folder: The model's folder in BentoML's store.
         is_predictor: What BentoML's record of the model says.
+        trusted: Installed modules, or packages above them, that may be imported because the model names them.
+        trust_remote_code: Whether source that the model brings along may be imported.
 
     Raises:
         InvalidModelError: A file that this needs is damaged, unsafe, or says something else than the others.
+        UntrustedCodeError: The model needs code that is not trusted.
+        UnknownEntryError: It needs an entry that nobody registered.
     """
     content = manifest.read(folder)
     for name in ("model.yaml", config.CONFIG):
@@ -128,9 +180,31 @@ def open_saved(folder: Path, *, is_predictor: bool) -> SavedModel:
             value=content.kind,
         )
     plain = config.read(folder)
-    config.import_entries(content.registry_entries)
+    carried: Sequence[str] = content.external_modules
+    code.check_names(carried)
+    if carried and trust_remote_code:
+        manifest.check_file(folder, code.ARCHIVE, content)
+        code.load(folder, carried)
+        trusted, carried = (*trusted, *(name.partition(".")[0] for name in carried)), ()
+    if content.config == "lazy":
+        _refuse_carried(plain, carried, trusted)
+        return SavedModel(folder, is_predictor, plain, content.input, content.dataset, content, tuple(trusted))
+    config.import_entries(content.registry_entries, trusted, carried)
     cfg = config.from_plain(plain, content.config_tuples)
-    return SavedModel(folder, is_predictor, cfg, content.dataset, content)
+    return SavedModel(folder, is_predictor, cfg, config.input_of(cfg), content.dataset, content)
+
+
+def _refuse_carried(plain: config.Plain, carried: Sequence[str], trusted: Sequence[str]) -> None:
+    """Says how to load a LazyConfig's model that needs the source that it brings along."""
+    tops = [name.partition(".")[0] for name in carried]
+    for target in lazy_build.targets(plain):
+        if config.is_trusted(target, tops) and not config.is_trusted(target, trusted):
+            raise UntrustedCodeError(
+                f"the model needs {target}, which it brings along; if you trust who made the model, load it with "
+                "trust_remote_code=True",
+                file=config.CONFIG,
+                value=target,
+            )
 
 
 def open_bentoml_v1(folder: Path, *, is_predictor: bool) -> SavedModel:
@@ -139,7 +213,8 @@ def open_bentoml_v1(folder: Path, *, is_predictor: bool) -> SavedModel:
         plain, tuples = config.to_plain(bentoml_v1.read_config(folder))
     except InvalidArgumentError as exc:
         raise UnsafeFileError(f"{bentoml_v1.CUSTOM_OBJECTS} in {folder}: {exc}", file=bentoml_v1.CUSTOM_OBJECTS) from exc
-    return SavedModel(folder, is_predictor, config.from_plain(plain, tuples), None, None)
+    cfg = config.from_plain(plain, tuples)
+    return SavedModel(folder, is_predictor, cfg, config.input_of(cfg), config.dataset_of(cfg), None)
 
 
 def _warn_of_other_weights(state: weights.State, source: object) -> None:

@@ -74,16 +74,45 @@ class Input(_Part):
     max_size_test: int
 
 
+class Tensor(_Part):
+    """A tensor in short: its shape, mean and standard deviation, and its first values."""
+
+    shape: Annotated[list[int], Field(max_length=20)]
+    mean: float
+    std: float
+    first: Annotated[list[float], Field(max_length=100)]
+
+
+class SelfTest(_Part):
+    """What the model found on the self-test's image when it was saved; see ``selftest``.
+
+    Attributes:
+        device: Where it ran.
+        image_sha256: Of the image's pixels.
+        settings: Plain values that the model's modules held, such as thresholds, by path.
+        detections: ``Detections.to_json``, where the model gives these.
+        tensors: By path, of models whose output is something else.
+    """
+
+    device: _Name
+    image_sha256: _Hex256
+    settings: Annotated[dict[_Name, str], Field(max_length=10_000)]
+    detections: str | None
+    tensors: Annotated[dict[_Name, Tensor], Field(max_length=1000)]
+
+
 class Manifest(_Part):
     """A whole manifest."""
 
     format: Literal[1]
     kind: Literal["predictor", "module"]
-    config: Literal["yacs"]
+    config: Literal["yacs", "lazy"]
     config_tuples: Annotated[list[list[str | int]], Field(max_length=100_000)]
     input: Input
     dataset: Dataset | None
     registry_entries: Annotated[list[Entry], Field(max_length=1000)]
+    external_modules: Annotated[list[_Name], Field(max_length=1000)] = []
+    self_test: SelfTest | None = None
     versions: Annotated[dict[_Name, _Name], Field(max_length=100)]
     files: Annotated[dict[_Name, FileRecord], Field(max_length=100)]
 

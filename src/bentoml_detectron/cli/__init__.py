@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("demo",)
+COMMANDS = ("demo", "verify")
 
 
 class _Commands(click.Group):

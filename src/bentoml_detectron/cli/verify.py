@@ -1,0 +1,32 @@
+"""``bentoml detectron verify``: whether a saved model is still what was saved."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+@click.command("verify")
+@click.argument("tag")
+@click.option("--device", default="cpu", show_default=True, help="Where the self-test runs: cpu, cuda:0.")
+@click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
+@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
+def command(tag: str, device: str, trust_remote_code: bool, trusted: tuple[str, ...]) -> None:
+    """Check a saved model's files, weights and self-test. Exit status 1 where there is a problem.
+
+    \b
+    Example:
+      bentoml detectron verify mask_rcnn:latest
+    """
+    from bentoml_detectron import verify
+
+    report = verify(tag, device, trust_remote_code=trust_remote_code, trusted=trusted)
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    for problem in report.problems:
+        click.echo(f"problem: {problem}", err=True)
+    if not report.ok:
+        sys.exit(1)
+    same = {True: "finds the same, to the last bit", False: "finds the same, within the tolerances", None: "loads"}
+    click.echo(f"{report.tag} is what was saved, and {same[report.identical]}")

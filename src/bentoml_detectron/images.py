@@ -1,0 +1,372 @@
+"""From what a caller gives as an image to pixels as Detectron2 takes them.
+
+Encoded images may come from anyone. Four formats are taken, each by its first bytes and never by a file's name; their size is
+known before anything is decoded; and what Pillow does beside decoding (texts, profiles, animations, whole EXIF blocks) is kept
+from happening: it warns of every oddity there, and fails for what is no part of the picture.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from bentoml_detectron.errors import DamagedImageError, ImageError, ImageTooLargeError, UnsupportedImageError
+
+ImageLike: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | np.ndarray
+"""An encoded image, the path of one, a PIL image, or a BGR array."""
+
+_TAKEN = "JPEG, PNG, WebP and BMP are taken"
+
+_MODES = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+"""Modes that Pillow converts to RGB as they should be; others are refused or come here by another mode."""
+
+_UNMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
+
+_CURES = {
+    "I": "32-bit numbers, whose range is not known; scale them to 0..255 and give mode L",
+    "F": "floating point numbers, whose range is not known; scale them to 0..255 and give mode L",
+    "LAB": "needs a colour profile; convert it with PIL.ImageCms",
+}
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright, by its EXIF orientation."""
+
+_PNG_CHUNKS = frozenset([b"IHDR", b"PLTE", b"IDAT", b"eXIf", b"IEND"])
+"""Chunks of a PNG that make its picture, transparency aside."""
+
+_SCANS = 100
+"""Most times that a progressive JPEG of the largest size may go over its pixels; real ones do some ten times."""
+
+_OTHERS = (
+    (0, b"GIF8", "a GIF"),
+    (0, b"II*\0", "a TIFF"),
+    (0, b"MM\0*", "a TIFF"),
+    (0, b"II+\0", "a TIFF"),
+    (0, b"MM\0+", "a TIFF"),
+    (4, b"ftypavi", "an AVIF"),
+    (4, b"ftyphe", "a HEIC"),
+    (4, b"ftypmif1", "a HEIC"),
+    (4, b"ftypmsf1", "a HEIC"),
+    (4, b"ftyp", "a video"),
+    (4, b"jP  \r\n", "a JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000"),
+    (4, b"JXL \r\n", "a JPEG XL"),
+    (0, b"\xff\x0a", "a JPEG XL"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"\0\0\1\0", "an icon"),
+    (0, b"8BPS", "a Photoshop file"),
+    (0, b"PK\3\4", "a zip archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"\x93NUMPY", "a NumPy file; load it and give the array"),
+    (0, b"RIFF", "a RIFF file that is no WebP"),
+)
+_TEXTS = (
+    (b"<svg", "an SVG"),
+    (b"<!doctype html", "a web page"),
+    (b"<html", "a web page"),
+    (b"<", "XML, perhaps an SVG"),
+    (b"data:", "a data URL; give the bytes inside"),
+    # How a JPEG, a PNG and a WebP begin in base64, in small letters.
+    (b"/9j/", "base64 text; give the bytes inside"),
+    (b"ivborw0kgg", "base64 text; give the bytes inside"),
+    (b"uklgr", "base64 text; give the bytes inside"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an image may have at most.
+
+    Attributes:
+        max_pixels: Width times height.
+        max_bytes: Size of an encoded image.
+    """
+
+    max_pixels: int = 25_000_000
+    max_bytes: int = 50_000_000
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def load(image: ImageLike, limits: Limits = DEFAULT_LIMITS, *, index: int = 0) -> NDArray[np.uint8]:
+    """Pixels of an image, upright and in BGR, as Detectron2's ``DefaultPredictor`` takes them.
+
+    They are those of ``detectron2.data.detection_utils.read_image(path, "BGR")``, with two differences: 16-bit grey is scaled
+    to 8 bits and not cut off at 255, and orientations in XMP or text blocks are not looked for. Of 16-bit colour, as there, the
+    upper 8 bits are taken. Transparency is dropped: the colours under it stay what they are. Colour profiles are not applied.
+    Of an animation, the first picture is taken.
+
+    Args:
+        image: An encoded JPEG, PNG, WebP or BMP; the path of one; a PIL image, which stays as it is, but for being loaded; or
+            an array of shape (H, W, 3), uint8, BGR. A path is opened as this process may: give what strangers send as bytes.
+        limits: What the image may have at most.
+        index: The image's place in the call, for messages.
+
+    Returns:
+        Shape (H, W, 3), uint8, BGR, 0 to 255. An array is returned as it was given, views too; all else as a new C-contiguous
+        array. The orientation in an image's EXIF block (0x0112) is applied; a broken block is ignored.
+
+    Raises:
+        ImageError: It is no image, an empty one, or a path where there is no file; or one of:
+        UnsupportedImageError: Its format, mode, shape or dtype is none of the above.
+        DamagedImageError: It is cut short or damaged.
+        ImageTooLargeError: It is larger than the limits.
+    """
+    if isinstance(image, np.ndarray):
+        _check_array(image, index)
+        _check_size(image.shape[1], image.shape[0], limits, index)
+        return image
+    try:
+        picture = image if isinstance(image, Image.Image) else _open(_content(image, limits, index), limits, index)
+        _check_size(picture.width, picture.height, limits, index)
+        return _pixels(picture, index)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as exc:  # Pillow's limit for WebP, above the default one
+        raise ImageTooLargeError(f"{exc} (PIL.Image.MAX_IMAGE_PIXELS)", index=index) from exc
+    except Exception as exc:  # Pillow fails in as many ways as it has lines
+        reason = str(exc)[:200] or type(exc).__name__
+        raise DamagedImageError(f"it is cut short or damaged ({reason}); send it again", index=index) from exc
+
+
+def _check_array(array: NDArray[Any], index: int) -> None:
+    shape = array.shape
+    if array.ndim == 2 or shape[2:] == (1,):
+        fault = f"{shape} is grey; stack it to three channels"
+    elif array.ndim == 3 and shape[2] == 4:
+        fault = f"{shape} has 4 channels; drop the last: image[:, :, :3]"
+    elif array.ndim == 3 and shape[0] == 3 != shape[2]:
+        fault = f"{shape} has its channels first; give image.transpose(1, 2, 0)"
+    elif array.ndim == 4:
+        fault = f"{shape} is a batch; give its images one by one"
+    elif array.ndim != 3 or shape[2] != 3:
+        fault = f"its shape is {shape}; give (H, W, 3)"
+    elif array.dtype != np.uint8:
+        raise UnsupportedImageError(f"it is {array.dtype}; convert to uint8, 0 to 255", index=index, value=array.dtype)
+    else:
+        return
+    raise UnsupportedImageError(fault, index=index, value=shape)
+
+
+def _check_size(width: int, height: int, limits: Limits, index: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError(f"{width} x {height} pixels are no image", index=index, value=(width, height))
+    if width * height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"{width} x {height} pixels are more than max_pixels, {limits.max_pixels:,}; scale it down",
+            index=index,
+            value=(width, height),
+        )
+
+
+def _content(image: object, limits: Limits, index: int) -> bytes:
+    """An encoded image, read from its path if it is one, of at most `max_bytes`."""
+    if isinstance(image, str) and ("://" in image or image[:5].lower() == "data:"):
+        raise ImageError(f"nothing is fetched; give its bytes, not {image[:80]!r}", index=index, value=image)
+    if isinstance(image, (str, os.PathLike)):
+        content = _read(image, limits, index)
+        size = len(content)
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        size = memoryview(image).nbytes
+        content = b"" if size > limits.max_bytes else bytes(image)
+    else:
+        raise ImageError(
+            f"it is a {type(image).__name__}; give its bytes, its path, a PIL image or an array", index=index, value=image
+        )
+    if size > limits.max_bytes:
+        raise ImageTooLargeError(f"it has more bytes than max_bytes, {limits.max_bytes:,}", index=index, value=size)
+    return content
+
+
+def _read(path: str | os.PathLike[str], limits: Limits, index: int) -> bytes:
+    """Reads a regular file, but no more than one byte above the limit; pipes and devices are refused without waiting."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (OSError, ValueError) as exc:  # ValueError: a null byte
+        reason = getattr(exc, "strerror", None) or exc
+        raise ImageError(f"cannot open {str(path)!r} ({reason})", index=index, value=path) from exc
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ImageError(f"{str(path)!r} is no regular file", index=index, value=path)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(limits.max_bytes + 1)
+
+
+class _Jpeg(JpegImageFile):
+    """Pillow's JPEG; but its EXIF block, which Pillow reads at opening to learn the resolution, is left alone."""
+
+    def getexif(self) -> Image.Exif:
+        return Image.Exif()
+
+
+def _open(content: bytes, limits: Limits, index: int) -> ImageFile:
+    """Opens an encoded image without decoding it.
+
+    The classes are Pillow's own. ``Image.open`` has limits and warnings of its own, and takes some JPEGs for other formats.
+
+    Raises:
+        Exception: It is damaged; nobody knows how Pillow says so.
+    """
+    if content.startswith(b"\xff\xd8\xff"):
+        picture = _Jpeg(io.BytesIO(content))
+        if picture.info.get("progressive"):
+            _check_scans(picture, content, limits, index)
+        return picture
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        width, height = struct.unpack_from(">II", content, 16)
+        _check_size(width, height, limits, index)
+        return PngImageFile(io.BytesIO(_png_picture(content)))
+    if content.startswith(b"RIFF") and content.startswith(b"WEBP", 8):
+        # Opening makes room for the picture.
+        _check_size(*_webp_size(content), limits, index)
+        return WebPImageFile(io.BytesIO(content))
+    if content.startswith(b"BM"):
+        bitmap = BmpImageFile(io.BytesIO(content))
+        if bitmap.info["compression"] in (BmpImageFile.COMPRESSIONS["RLE8"], BmpImageFile.COMPRESSIONS["RLE4"]):
+            # Pillow decodes these in Python, a pixel at a time: seconds for a file of a kilobyte.
+            raise UnsupportedImageError("it is a run-length encoded BMP; save it as PNG", index=index)
+        return bitmap
+    seems = _seems(content)
+    raise UnsupportedImageError(f"it is {seems}; {_TAKEN}", index=index, value=seems)
+
+
+def _check_scans(picture: ImageFile, content: bytes, limits: Limits, index: int) -> None:
+    """Refuses a progressive JPEG that goes over its pixels again and again: each time takes 40 bytes and milliseconds."""
+    scans = content.count(b"\xff\xda")
+    if scans * picture.width * picture.height > _SCANS * limits.max_pixels:
+        raise DamagedImageError(f"it goes over its pixels {scans:,} times; save it again", index=index, value=scans)
+
+
+def _png_picture(content: bytes) -> bytes:
+    """A PNG with only the chunks that make its picture; the checksums of all are checked.
+
+    Pillow unpacks texts and profiles that nobody asked for, warns of animations, and checks no pixel's checksum.
+
+    Raises:
+        ValueError: A chunk is damaged.
+        struct.error: The end is missing.
+    """
+    kept = [content[:8]]
+    position = 8
+    name = b""
+    while name != b"IEND":
+        length, name = struct.unpack_from(">I4s", content, position)
+        end = position + 12 + length
+        (checksum,) = struct.unpack_from(">I", content, end - 4)
+        if zlib.crc32(memoryview(content)[position + 4 : end - 4]) != checksum:
+            raise ValueError(f"wrong checksum of the chunk {name!r}")
+        if name in _PNG_CHUNKS:
+            kept.append(content[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def _webp_size(content: bytes) -> tuple[int, int]:
+    """Width and height that a WebP's header claims; meaningless for a header that is no WebP's."""
+    kind = content[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(content[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind != b"VP8 " or len(content) < 30:
+        raise ValueError("no WebP header")
+    return int.from_bytes(content[26:28], "little") & 0x3FFF, int.from_bytes(content[28:30], "little") & 0x3FFF
+
+
+def _seems(content: bytes) -> str:
+    """What content of no format that is taken may be, for a message."""
+    if not content:
+        return "empty"
+    for offset, mark, name in _OTHERS:
+        if content.startswith(mark, offset):
+            return name
+    start = content[:256].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for mark, name in _TEXTS:
+        if start.startswith(mark):
+            return name
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in content[:64]):
+        return "text"
+    return f"of no known format (it begins with {content[:8].hex(' ')})"
+
+
+def _pixels(picture: Image.Image, index: int) -> NDArray[np.uint8]:
+    """BGR pixels, upright.
+
+    Raises:
+        UnsupportedImageError: The picture's mode is none that is taken.
+        Exception: It is damaged; nobody knows how Pillow says so.
+    """
+    picture.load()
+    rgb = _rgb(picture, index)
+    turn = _UPRIGHT.get(_orientation(picture.info.get("exif")))
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    # Five times as fast as reversing the array's last axis; copied, because PyTorch warns of arrays that cannot be written.
+    return np.frombuffer(rgb.tobytes("raw", "BGR"), np.uint8).reshape(rgb.height, rgb.width, 3).copy()
+
+
+def _rgb(picture: Image.Image, index: int) -> Image.Image:
+    """A loaded picture in mode RGB; the picture itself if it has it."""
+    if picture.mode.startswith("I;16"):
+        # Pillow would cut off at 255. Dividing by 257 takes 65,535 to 255; half of it more rounds.
+        return Image.fromarray(((np.asarray(picture, np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode in _UNMULTIPLIED:
+        picture = picture.convert(_UNMULTIPLIED[picture.mode])
+    if picture.mode not in _MODES:
+        cure = _CURES.get(picture.mode, "convert it to RGB")
+        raise UnsupportedImageError(f"its mode is {picture.mode}: {cure}", index=index, value=picture.mode)
+    if picture.mode == "RGB":
+        return picture
+    if "transparency" in picture.info:
+        # Pillow would convert it too, and warns or fails where it cannot.
+        picture = picture.copy()
+        del picture.info["transparency"]
+    return picture.convert("RGB")
+
+
+def _orientation(exif: object) -> int:
+    """Orientation in an EXIF block, 1 to 8; 1 where there is none, or the block is broken.
+
+    Pillow reads whole blocks, and warns of broken ones.
+    """
+    if not isinstance(exif, bytes):
+        return 1
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(f"{order}HHI", tiff, place)
+            if tag == 0x0112 and number == 1 and kind in (3, 4):
+                (value,) = struct.unpack_from(order + " HI"[kind - 2], tiff, place + 8)
+                return int(value) if value in _UPRIGHT else 1
+    except struct.error:
+        pass  # it ends before it says how
+    return 1

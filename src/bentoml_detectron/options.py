@@ -1,0 +1,104 @@
+"""What a caller wants of one image's results: a score threshold, some of the classes, the best few."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bentoml_detectron.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from bentoml_detectron.artifact.manifest import Dataset
+
+MAX_TOP_K = 10_000
+"""More than any model finds; it bounds what one request can ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is wanted of one image's results.
+
+    Attributes:
+        score_threshold: In [0, 1]; what scores above it is kept. None: the model's own threshold.
+        top_k: At most so many detections, the best. None: the model's own limit.
+        things: Ids of the thing classes to keep, contiguous training ids. None: all classes.
+        stuff: Ids of the stuff classes to keep; None with `things`, and only then.
+        semantic: As `stuff`, for a model that gives nothing but a semantic map.
+    """
+
+    score_threshold: float | None = None
+    top_k: int | None = None
+    things: frozenset[int] | None = None
+    stuff: frozenset[int] | None = None
+    semantic: frozenset[int] | None = None
+
+
+def options(
+    dataset: Dataset | None,
+    *,
+    score_threshold: float | None = None,
+    classes: Sequence[str | int] | None = None,
+    top_k: int | None = None,
+) -> Options:
+    """Checks what a caller asks for.
+
+    Args:
+        dataset: The model's, for the names of its classes.
+        score_threshold: In [0, 1].
+        classes: Names of thing or stuff classes, and contiguous ids: of things, or of a semantic model's classes.
+        top_k: From 1 to `MAX_TOP_K`.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) One is out of range, or the model has no such class.
+    """
+    if score_threshold is not None:
+        if isinstance(score_threshold, bool) or not isinstance(score_threshold, (int, float)):
+            raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; give a number", value=score_threshold)
+        if not (math.isfinite(score_threshold) and 0 <= score_threshold <= 1):
+            raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; it is from 0 to 1", value=score_threshold)
+        score_threshold = float(score_threshold)
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K):
+        raise InvalidArgumentError(f"top_k is {top_k!r}; it is a whole number from 1 to {MAX_TOP_K:,}", value=top_k)
+    if classes is None:
+        return Options(score_threshold, top_k)
+    thing_names = (dataset and dataset.thing_classes) or []
+    stuff_names = (dataset and dataset.stuff_classes) or []
+    things, stuff, semantic = _ids(classes, thing_names, stuff_names)
+    return Options(score_threshold, top_k, things, stuff, semantic)
+
+
+def _ids(
+    classes: Sequence[str | int], thing_names: list[str], stuff_names: list[str]
+) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+    """Ids of the thing and stuff classes that are meant, and those of a semantic model's."""
+    if isinstance(classes, (str, bytes)) or not isinstance(classes, Sequence):
+        raise InvalidArgumentError(f"classes is {classes!r}; give a list of names or ids, such as ['person']", value=classes)
+    things: set[int] = set()
+    stuff: set[int] = set()
+    numbers: set[int] = set()
+    most = max(len(thing_names), len(stuff_names))
+    for each in classes:
+        if isinstance(each, str):
+            found = [i for i, name in enumerate(thing_names) if name == each]
+            other = [i for i, name in enumerate(stuff_names) if name == each]
+            if not found and not other:
+                raise InvalidArgumentError(f"the model has no class {each!r}; {_known(each, thing_names + stuff_names)}",
+                                           value=each)  # fmt: skip
+            things.update(found)
+            stuff.update(other)
+        elif isinstance(each, int) and not isinstance(each, bool) and each >= 0 and (each < most or not most):
+            numbers.add(each)
+        else:
+            known = f"from 0 to {most - 1}" if most else "0 and above"
+            raise InvalidArgumentError(f"{each!r} is no class; ids are whole numbers {known}", value=each)
+    return frozenset(things | numbers), frozenset(stuff), frozenset(stuff | numbers)
+
+
+def _known(name: str, names: list[str]) -> str:
+    if not names:
+        return "it carries no class names, so give ids"
+    near = difflib.get_close_matches(name, names, 3) or names[:10]
+    return f"it has {', '.join(near)}{', ...' if len(near) < len(names) else ''}"

@@ -1,0 +1,329 @@
+"""`Predictor`: images to `Detections`, several at a time, by any number of threads."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import psutil
+import torch
+from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
+from torch import nn
+
+from bentoml_detectron import images as pictures
+from bentoml_detectron.artifact.manifest import Dataset, Input
+from bentoml_detectron.errors import DetectronError, ImageError, InvalidArgumentError, OutOfMemoryError
+from bentoml_detectron.forward import forward
+from bentoml_detectron.images import ImageLike, Limits
+from bentoml_detectron.options import Options, options
+from bentoml_detectron.outputs import Names, detections
+from bentoml_detectron.results import Detections
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+BYTES_PER_PIXEL = 1000
+"""Memory that one pixel of a batch takes at the peak; ``benchmarks/bench_predictor.py`` measures some 300 to 800."""
+_LEAST_STRIDE = 32  # pixels to which images are padded in groups, for models that ask for no multiple
+
+Batch = Literal["padded", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """One image as the model takes it: (h, w, 3) uint8 in the model's own channel order and size."""
+
+    index: int
+    pixels: NDArray[np.uint8]
+    size: tuple[int, int]
+    options: Options
+
+
+class Predictor:
+    """A model that takes images and gives `Detections`; made by `load_predictor`.
+
+    Threads may share it: a call changes nothing of it.
+
+    Attributes:
+        model: The Detectron2 model, in evaluation mode.
+        dataset: Class names and ids; None where the model carries none.
+        input: Channel order and size that the model takes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_input: Input,
+        dataset: Dataset | None = None,
+        *,
+        batch: Batch = "padded",
+        max_batch_pixels: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """Wraps a model.
+
+        Args:
+            model: In evaluation mode, on its device.
+            image_input: Channel order and size that it takes.
+            dataset: Class names and ids.
+            batch: Which images go through the model together.
+
+                - "padded": those whose padded shapes are the same. A shape is padded to the multiple that the model asks for,
+                  for one image as for many, so none gets more padding than it would have alone. Models that ask for none (C4)
+                  are padded to multiples of 32, at the right and below: scores there may differ from those of the image alone,
+                  most for what touches these edges. And PyTorch's kernels round differently for batches of different sizes, by
+                  about 1e-5 of a score.
+                - "exact": each on its own, since no other group gives what the image alone gives, bit for bit: the kernels for
+                  two images of the same shape are not always those for one.
+            max_batch_pixels: Most pixels, padding included, that go through the model together; a larger image goes alone.
+                None: as many as half of the memory that is free takes, at `BYTES_PER_PIXEL` bytes each.
+            limits: Of encoded images; `images.Limits()` unless given.
+
+        Raises:
+            InvalidArgumentError: (``ValueError``) An argument is out of range.
+        """
+        if batch not in ("padded", "exact"):
+            raise InvalidArgumentError(f"batch={batch!r}; give 'padded' or 'exact'", value=batch)
+        if max_batch_pixels is not None and max_batch_pixels < 1:
+            raise InvalidArgumentError(f"max_batch_pixels is {max_batch_pixels}; give 1 or more", value=max_batch_pixels)
+        if image_input.format not in ("BGR", "RGB"):
+            raise InvalidArgumentError(
+                f"the model takes images as {image_input.format!r}; the predictor knows BGR and RGB", value=image_input.format
+            )
+        self.model = model
+        self.input = image_input
+        self.dataset = dataset
+        self.batch = batch
+        self.max_batch_pixels = max_batch_pixels
+        self.limits = limits or Limits()
+        self._names = Names(dataset)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the thing classes, by contiguous id; of the stuff classes where there are only these."""
+        return tuple(self._names.things or self._names.stuff)
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        score_threshold: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        top_k: int | None = None,
+        errors: Literal["raise"] = "raise",
+    ) -> list[Detections]: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        score_threshold: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        top_k: int | None = None,
+        errors: Literal["collect"],
+    ) -> list[Detections | DetectronError]: ...
+
+    def __call__(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        score_threshold: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        top_k: int | None = None,
+        errors: Literal["raise", "collect"] = "raise",
+    ) -> list[Detections] | list[Detections | DetectronError]:
+        """Predicts on some images.
+
+        Args:
+            images: Each an encoded image's bytes, a path, a ``PIL.Image``, or an (H, W, 3) uint8 array in BGR.
+            score_threshold: In [0, 1]: what scores above it is given, also where the model's own threshold is higher. For
+                panoptic models it is also the threshold of things in the map.
+            classes: Names or contiguous ids of the classes that are given. They choose among what the model finds: they leave
+                its own limit on the number of detections, and who covers whom in a panoptic map, as it is.
+            top_k: At most so many detections an image, the best, also where the model's own limit is lower.
+            errors: "raise" the error of the first image that cannot be used, or "collect" each in the image's place.
+
+        Returns:
+            One `Detections` an image, in their order. A model whose output is none of boxes, masks, keypoints, proposals,
+            semantic and panoptic maps gives what it gives.
+
+        Raises:
+            ImageError: An image cannot be used; `ImageError.index` is its place.
+            InvalidArgumentError: (``ValueError``) Another argument is out of range, or the model has no such class.
+            OutOfMemoryError: One image alone is more than the memory takes.
+        """
+        if isinstance(images, (str, bytes, bytearray, np.ndarray)) or not isinstance(images, Sequence):
+            raise InvalidArgumentError(f"images is a {type(images).__name__}; give a list of images", value=type(images))
+        if errors not in ("raise", "collect"):
+            raise InvalidArgumentError(f"errors={errors!r}; give 'raise' or 'collect'", value=errors)
+        wanted = self.options(score_threshold=score_threshold, classes=classes, top_k=top_k)
+        results = self.predict(images, [wanted] * len(images))
+        if errors == "raise":
+            for result in results:
+                if isinstance(result, DetectronError):
+                    raise result
+        return results
+
+    def options(
+        self,
+        *,
+        score_threshold: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        top_k: int | None = None,
+    ) -> Options:
+        """Checks what is wanted of one image, for `predict`; arguments and errors as in `__call__`."""
+        return options(self.dataset, score_threshold=score_threshold, classes=classes, top_k=top_k)
+
+    def predict(self, images: Sequence[ImageLike], wanted: Sequence[Options]) -> list[Any]:
+        """Predicts on some images with options for each; they share batches whatever their options.
+
+        Args:
+            images: As in `__call__`.
+            wanted: One an image, from `options`.
+
+        Returns:
+            One `Detections` an image, in their order; a `DetectronError` in the place of one that could not be used.
+        """
+        results: list[Any] = [None] * len(images)
+        waiting: dict[tuple[int, int], list[_Prepared]] = {}
+        budget = self._budget()
+        pixels = 0
+        for index, (image, options_) in enumerate(zip(images, wanted, strict=True)):
+            try:
+                prepared = self._prepare(image, index, options_)
+            except DetectronError as exc:
+                results[index] = exc
+                continue
+            shape = self._padded(prepared.pixels.shape[:2])
+            group = waiting.setdefault(shape, [])
+            group.append(prepared)
+            pixels += shape[0] * shape[1]
+            most = 1 if self.batch == "exact" else max(1, budget // (shape[0] * shape[1]))
+            # What waits is kept within the budget too: few images of each of many shapes.
+            while len(group) >= most or (pixels > budget and waiting):
+                full = shape if len(group) >= most else max(waiting, key=lambda each: len(waiting[each]) * each[0] * each[1])
+                chunk = waiting.pop(full)
+                pixels -= len(chunk) * full[0] * full[1]
+                self._run(chunk, results)
+                group = waiting.get(shape, [])
+        for chunk in waiting.values():
+            self._run(chunk, results)
+        return results
+
+    def _prepare(self, image: ImageLike, index: int, options_: Options) -> _Prepared:
+        """Decodes an image and scales it to the model's size, as ``DefaultPredictor`` does."""
+        pixels = pictures.load(image, self.limits, index=index)
+        height, width = size = pixels.shape[:2]
+        if self.input.format == "RGB":
+            pixels = pixels[:, :, ::-1]
+        if self.input.min_size_test > 0:
+            shape = ResizeShortestEdge.get_output_shape(height, width, self.input.min_size_test, self.input.max_size_test)
+            if min(shape) < 1:
+                raise ImageError(
+                    f"{width}x{height} is too long and thin: at the model's {self.input.max_size_test} pixels "
+                    "nothing is left of it",
+                    index=index,
+                    value=size,
+                )
+            pixels = ResizeTransform(height, width, *shape).apply_image(pixels)
+        return _Prepared(index, pixels, (height, width), options_)
+
+    def _padded(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """The shape that an image of this one has in the model, as far as grouping goes."""
+        backbone = getattr(self.model, "backbone", None)
+        square = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
+        if square > 0:  # ViTDet; an image that is larger is an error of the model's
+            return square, square
+        stride = getattr(backbone, "size_divisibility", 0)
+        stride = stride if stride > 1 else _LEAST_STRIDE
+        height, width = (-(-length // stride) * stride for length in shape)
+        return height, width
+
+    def _budget(self) -> int:
+        """Most pixels that may go through the model together."""
+        if self.max_batch_pixels is not None:
+            return self.max_batch_pixels
+        return max(1, free_memory(_device(self.model)) // 2 // BYTES_PER_PIXEL)
+
+    def _run(self, group: list[_Prepared], results: list[Any]) -> None:
+        """Runs a group and puts its results into their places; halves it where it takes too much memory."""
+        try:
+            outputs = self._forward(group)
+        except (MemoryError, RuntimeError) as exc:
+            if not _is_out_of_memory(exc):
+                raise
+            outputs = None
+        if outputs is not None:
+            for prepared, output in zip(group, outputs, strict=True):
+                results[prepared.index] = output
+        elif len(group) == 1:
+            height, width = group[0].size
+            results[group[0].index] = OutOfMemoryError(
+                f"image {group[0].index}: {width}x{height} takes more memory than there is; give a smaller image, or end what "
+                "else takes memory here",
+                value=group[0].size,
+            )
+        else:
+            logger.warning("out of memory with %d images in a batch; going on with half as many", len(group))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            half = len(group) // 2
+            self._run(group[:half], results)
+            self._run(group[half:], results)
+
+    def _forward(self, group: list[_Prepared]) -> list[Any]:
+        """One batch from pixels to `Detections`."""
+        with torch.inference_mode():
+            inputs = [
+                {
+                    # Laid out as DefaultPredictor's tensor is, so that PyTorch picks the same kernels.
+                    "image": torch.as_tensor(each.pixels.astype("float32").transpose(2, 0, 1)),
+                    "height": each.size[0],
+                    "width": each.size[1],
+                }
+                for each in group
+            ]
+            outputs = forward(self.model, inputs, [each.options for each in group])
+            divisor = getattr(getattr(self.model, "meta", None), "label_divisor", 1000)
+            return [
+                detections(output, each.size, each.options, self._names, divisor)
+                for output, each in zip(outputs, group, strict=True)
+            ]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of the CPU also within the control group that this process runs in."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        used = int((group / "memory.current").read_text())
+        files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, int((group / "memory.max").read_text()) - used + int(files[1] if files else 0))
+    except (OSError, ValueError):  # no control group, or one without a limit ("max")
+        pass
+    return max(0, int(free))
+
+
+def _is_out_of_memory(exc: BaseException) -> bool:
+    """Whether PyTorch, or Python, ran out of memory; for the CPU PyTorch has no class for it."""
+    return isinstance(exc, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(exc)

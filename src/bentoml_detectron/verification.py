@@ -1,0 +1,140 @@
+"""``verify``: whether a saved model is still what was saved, and still finds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bentoml import Model, Tag
+
+from bentoml_detectron import store
+from bentoml_detectron.artifact import files, manifest
+from bentoml_detectron.errors import CorruptFileError, DetectronError, UnknownDeviceError
+
+if TYPE_CHECKING:
+    from bentoml_detectron.artifact.folder import SavedModel
+
+__all__ = ["VerifyReport", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        tag: The model's.
+        problems: What is wrong, a line each; empty where the model is what was saved and finds what it found then.
+        notes: What differs and may be right: the device, versions, or that there is no self-test to compare with.
+        identical: Whether the self-test's results are the recorded ones to the last bit; None where none were compared.
+    """
+
+    tag: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    identical: bool | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+
+def verify(
+    bento_model: str | Tag | Model,
+    device_id: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    trusted: Sequence[str] = (),
+) -> VerifyReport:
+    """Checks a saved model: every file's size and SHA-256, that weights and config fit, and the recorded self-test.
+
+    The self-test is compared within the tolerances of `selftest.Tolerance`, since other devices, thread counts and versions
+    round differently; the report says which of these differ.
+
+    Args:
+        bento_model: The model, or its tag, in BentoML's model store.
+        device_id: Where the self-test runs.
+        trust_remote_code: As in `load_model`.
+        trusted: As in `load_model`.
+
+    Returns:
+        The report; a damaged model is a report with problems, not an error.
+
+    Raises:
+        ModelNotFoundError: (``bentoml.exceptions.NotFound``) There is no such model, or another framework saved it.
+        UnknownDeviceError: (``ValueError``) PyTorch has no such device here.
+    """
+    from bentoml_detectron.model import check_device
+
+    check_device(device_id)
+    problems: list[str] = []
+    notes: list[str] = []
+    identical: bool | None = None
+    try:
+        model = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
+    except CorruptFileError as exc:
+        return VerifyReport(str(bento_model), (str(exc),), (), None)
+    try:
+        if model.info.api_version == "v1":
+            notes.append("BentoML's own adapter saved this model: there are no digests and no self-test to compare with")
+        else:
+            problems += _file_problems(Path(model.path))
+        saved = store.open_model(model, trust_remote_code=trust_remote_code, trusted=trusted)
+        notes += _versions(saved)
+        identical = _self_test(saved, device_id, problems, notes)
+    except UnknownDeviceError:
+        raise
+    except DetectronError as exc:
+        problems.append(str(exc))
+    return VerifyReport(str(model.tag), tuple(dict.fromkeys(problems)), tuple(notes), identical)
+
+
+def _file_problems(folder: Path) -> Iterator[str]:
+    content = manifest.read(folder)
+    for name, due in content.files.items():
+        try:
+            if files.size(folder, name) != due.size or files.digests(folder, name)[0] != due.sha256:
+                yield f"{name} is not what was saved: its SHA-256 is not {due.sha256}"
+        except DetectronError as exc:
+            yield str(exc)
+    for path in sorted(folder.iterdir()):
+        if path.name not in content.files and path.name != manifest.MANIFEST:
+            yield f"{path.name} is not a file of this model; somebody put it there"
+
+
+def _versions(saved: SavedModel) -> Iterator[str]:
+    from bentoml_detectron.artifact import folder
+
+    if saved.manifest is not None:
+        here = folder.versions()
+        for name, version in saved.manifest.versions.items():
+            if here.get(name) != version:
+                yield f"{name} is {here.get(name, 'absent')}; the model was saved with {version}"
+
+
+def _self_test(saved: SavedModel, device_id: str, problems: list[str], notes: list[str]) -> bool | None:
+    """Loads the model, which checks that weights and config fit, and compares what it finds; whether that is identical."""
+    from bentoml_detectron import model, selftest
+
+    built = model.load(saved, device_id)
+    if saved.manifest is None:
+        return None
+    if saved.manifest.input != saved.input:
+        problems.append(f"the manifest says that images go in as {saved.manifest.input}; the config says {saved.input}")
+    due = saved.manifest.self_test
+    if due is None:
+        notes.append("no self-test was recorded when the model was saved")
+        return None
+    try:
+        got = selftest.record(model.module_of(built), saved.input, saved.dataset)
+    except DetectronError:
+        raise
+    except Exception as exc:  # whatever the model raises
+        problems.append(f"the self-test fails, which ran when the model was saved: {exc!r}")
+        return None
+    if got.device != due.device:
+        notes.append(f"the self-test ran on {got.device}; when the model was saved, on {due.device}")
+    problems += selftest.compare(due, got)
+    return (got.detections, got.tensors) == (due.detections, due.tensors)
