@@ -1,0 +1,668 @@
+"""`Predictor`: what ``DefaultPredictor`` gives, for many images at a time and with options for each."""
+
+from __future__ import annotations
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import bentoml
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from bentoml_detectron import demo, errors, forward, outputs, selftest
+from bentoml_detectron.artifact import config
+from bentoml_detectron.artifact.manifest import Dataset, Input
+from bentoml_detectron.images import Limits
+from bentoml_detectron.masks import decode
+from bentoml_detectron.options import Options, options
+from bentoml_detectron.predictor import Predictor, free_memory
+from bentoml_detectron.results import Detections
+from integration.test_architectures import PROJECTS, ZOO, zoo_config
+from support import built, checkpoint, picture, tiny_cfg
+
+WITH_OWN_PROPOSALS = {name: zoo for name, zoo in ZOO.items() if name != "Fast R-CNN, FPN"}
+CONFIGS = {name: lambda zoo=zoo: zoo_config(zoo) for name, zoo in WITH_OWN_PROPOSALS.items()}
+CONFIGS |= {name: each for name, each in PROJECTS.items() if callable(each)}
+FEW = ["Faster R-CNN, FPN", "Mask R-CNN, C4", "RetinaNet", "Keypoint R-CNN", "Panoptic FPN", "Semantic FPN"]
+
+
+def pixels(index: int) -> np.ndarray:
+    """A sample image of the demo, (192, 192, 3) uint8 in BGR."""
+    return np.ascontiguousarray(np.asarray(Image.open(demo.images()[index]).convert("RGB"))[:, :, ::-1])
+
+
+def of(cfg, module=None, **arguments) -> Predictor:
+    return Predictor(module or built(cfg), config.input_of(cfg), config.dataset_of(cfg), **arguments)
+
+
+def assert_equals_detectron2(found: Detections, output: dict) -> None:
+    """`found` says, to the last bit, what a Detectron2 model gave."""
+    said = 0
+    if "instances" in output or "proposals" in output:
+        instances = output.get("instances", output.get("proposals"))
+        boxes = instances.get("pred_boxes" if "instances" in output else "proposal_boxes")
+        assert np.array_equal(found.boxes, boxes.tensor.numpy())
+        said += len(instances)
+    if "instances" in output:
+        assert np.array_equal(found.scores, instances.scores.numpy())
+        assert np.array_equal(found.class_ids, instances.pred_classes.numpy())
+        assert (found.masks is not None) == instances.has("pred_masks")
+        assert (found.keypoints is not None) == instances.has("pred_keypoints")
+        if instances.has("pred_masks"):
+            for ours, theirs in zip(found.masks, instances.pred_masks.numpy(), strict=True):
+                assert ours["counts"] == coco_mask.encode(np.asfortranarray(theirs.astype(np.uint8)))["counts"].decode()
+        if instances.has("pred_keypoints"):
+            assert np.array_equal(found.keypoints, instances.pred_keypoints.numpy())
+    elif "proposals" in output:
+        assert np.array_equal(found.scores, instances.objectness_logits.sigmoid().numpy())
+    assert (found.semantic is not None) == ("sem_seg" in output)
+    if "sem_seg" in output:
+        assert np.array_equal(found.semantic, output["sem_seg"].argmax(dim=0).numpy())
+        said += 1
+    assert (found.panoptic is not None) == ("panoptic_seg" in output)
+    if "panoptic_seg" in output:
+        assert_same_panoptic(found, *output["panoptic_seg"])
+    assert said > 0
+
+
+def assert_same_panoptic(found: Detections, labels: torch.Tensor, infos: list | None) -> None:
+    if infos is None:  # Panoptic-DeepLab: class * 1000 + instance, or -1
+        for segment in found.panoptic.segments:
+            theirs = np.unique(labels.numpy()[found.panoptic.ids == segment.id])
+            assert theirs.tolist() == [theirs[0]]
+            assert (segment.class_id, segment.is_thing) == (theirs[0] // 1000, theirs[0] % 1000 > 0)
+        assert np.array_equal(found.panoptic.ids == 0, labels.numpy() == -1)
+        return
+    assert np.array_equal(found.panoptic.ids, labels.numpy())
+    assert len(found.panoptic.segments) == len(infos) > 0
+    for segment, info in zip(found.panoptic.segments, infos, strict=True):
+        assert (segment.id, segment.class_id, segment.is_thing) == (info["id"], info["category_id"], info["isthing"])
+        assert (segment.score, segment.detection) == (info.get("score"), info.get("instance_id"))
+        assert segment.area == int((labels == info["id"]).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_image_gives_what_default_predictor_gives(name, tmp_path):
+    """Every family of the zoo, to the last bit."""
+    cfg = checkpoint(CONFIGS[name](), tmp_path / "weights.pth")
+    theirs = DefaultPredictor(cfg)
+    image = picture(120, 130)
+    found = of(cfg, theirs.model)([image])[0]
+    assert_equals_detectron2(found, theirs(image))
+    assert found.image_size == (120, 130)
+
+
+def test_one_image_of_the_demo_gives_what_default_predictor_gives(demo_predictor):
+    predictor = bentoml.detectron.load_predictor(bentoml.detectron.save_model("as-default", demo_predictor))
+    for index in range(3):
+        found = predictor([pixels(index)])[0]
+        assert len(found) > 3
+        assert_equals_detectron2(found, demo_predictor(pixels(index)))
+
+
+class TestBatches:
+    """Images of one call go through the model together."""
+
+    @pytest.fixture
+    def module(self):
+        return built(tiny_cfg())
+
+    @pytest.fixture
+    def shapes(self, module):
+        """Shapes of the batches that the model saw."""
+        seen: list[tuple[int, ...]] = []
+        handle = module.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+        yield seen
+        handle.remove()
+
+    @staticmethod
+    def unresized(module, **arguments):
+        return Predictor(module, Input(format="BGR", min_size_test=0, max_size_test=0), **arguments)
+
+    def test_images_of_one_padded_shape_are_one_batch(self, module, shapes):
+        """64x80 and 50x70 are both padded to 64x96, the model's multiple of 32, as each is alone."""
+        self.unresized(module)([picture(64, 80), picture(50, 70), picture(40, 90)])
+        assert shapes == [(3, 3, 64, 96)]
+
+    def test_no_image_is_padded_more_than_alone(self, module, shapes):
+        images = [picture(*size) for size in [(64, 80), (64, 100), (96, 64), (10, 300), (64, 65), (33, 128), (97, 33)]]
+        predictor = self.unresized(module)
+        predictor(images)
+        together = sorted(shape[2:] for shape in shapes for _ in range(shape[0]))
+        shapes.clear()
+        for image in images:
+            predictor([image])
+        assert together == sorted(shape[2:] for shape in shapes)
+
+    def test_batches_stay_within_the_pixels_that_the_user_set(self, module, shapes):
+        self.unresized(module, max_batch_pixels=2 * 64 * 96)([picture(64, 80)] * 5)
+        assert [shape[0] for shape in shapes] == [2, 2, 1]
+
+    def test_image_above_the_budget_goes_alone(self, module, shapes):
+        found = self.unresized(module, max_batch_pixels=1)([picture(64, 80)] * 2)
+        assert [shape[0] for shape in shapes] == [1, 1]
+        assert len(found) == 2
+
+    def test_what_waits_for_company_stays_within_the_budget(self, module, shapes):
+        """With an image of each of many shapes, not all of them are held in memory at once."""
+        sizes = [(64, 32 * i) for i in range(1, 20)]
+        loaded: list[int] = []
+
+        class Watched(Predictor):
+            def _prepare(self, image, index, options_):
+                loaded.append(index - sum(shape[0] for shape in shapes))
+                return super()._prepare(image, index, options_)
+
+        Watched(module, Input(format="BGR", min_size_test=0, max_size_test=0), max_batch_pixels=64 * 32 * 20)(
+            [picture(*size) for size in sizes]
+        )
+        assert max(loaded) < 10
+
+    def test_default_budget_is_of_the_memory_that_is_free(self, module, monkeypatch, shapes):
+        monkeypatch.setattr("bentoml_detectron.predictor.free_memory", lambda device: 2 * 1000 * 64 * 96 * 3)
+        self.unresized(module)([picture(64, 80)] * 5)
+        assert [shape[0] for shape in shapes] == [3, 2]
+        assert 0 < free_memory(torch.device("cpu")) < 1 << 45
+
+    def test_results_come_in_the_order_of_the_images(self, module):
+        sizes = [(64, 80), (96, 64), (50, 70), (64, 90), (96, 60)]
+        found = self.unresized(module)([picture(*size) for size in sizes])
+        assert [each.image_size for each in found] == sizes
+
+    def test_no_images_are_no_results(self, module):
+        assert self.unresized(module)([]) == []
+
+    def test_together_and_alone_differ_by_rounding_only(self, demo_predictor):
+        """The largest difference that ``benchmarks/bench_predictor.py`` printed for these scores was 2.3e-6."""
+        predictor = of(demo_predictor.cfg, demo_predictor.model)
+        images = [pixels(index) for index in range(6)]
+        for together, image in zip(predictor(images), images, strict=True):
+            alone = predictor([image])[0]
+            assert np.array_equal(together.class_ids, alone.class_ids)
+            assert np.abs(together.scores - alone.scores).max() < 1e-4
+            assert np.abs(together.boxes - alone.boxes).max() < 1e-2
+
+
+class TestExact:
+    """With ``batch="exact"`` what else is in the call changes nothing, to the last bit."""
+
+    def test_demo_model(self, demo_predictor):
+        predictor = of(demo_predictor.cfg, demo_predictor.model, batch="exact")
+        images = [pixels(index) for index in range(6)] + [picture(100, 150), pixels(0)]
+        for together, image in zip(predictor(images), images, strict=True):
+            assert together == predictor([image])[0]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", FEW)
+    def test_zoo(self, name):
+        predictor = of(CONFIGS[name](), batch="exact")
+        images = [picture(120, 130, seed) for seed in range(3)] + [picture(128, 100)]
+        for together, image in zip(predictor(images), images, strict=True):
+            assert together == predictor([image])[0]
+
+
+class TestOutOfMemory:
+    """A batch that takes too much memory is halved."""
+
+    @staticmethod
+    def greedy(most: int) -> nn.Module:
+        """A model that asks PyTorch for more than any machine has, for more than `most` images."""
+        module = built(tiny_cfg())
+
+        def ask(_, inputs):
+            if len(inputs[0]) > most:
+                torch.empty(1 << 50)
+
+        module.backbone.register_forward_pre_hook(ask)
+        return module
+
+    def test_halves_give_what_the_whole_would(self):
+        images = [picture(64, 80, seed) for seed in range(5)]
+        halved = of(tiny_cfg(), self.greedy(2))(images)
+        alone = of(tiny_cfg())
+        assert [len(each) for each in halved] == [len(alone([image])[0]) for image in images]
+        assert [each.image_size for each in halved] == [(64, 80)] * 5
+
+    def test_image_that_alone_takes_too_much_is_reported_in_its_place(self):
+        predictor = of(tiny_cfg(), self.greedy(0))
+        found = predictor([picture(64, 80), picture(64, 80)], errors="collect")
+        assert all(isinstance(each, errors.OutOfMemoryError) for each in found)
+        with pytest.raises(errors.OutOfMemoryError, match="image 0: 80x64 takes more memory than there is"):
+            predictor([picture(64, 80)])
+
+    def test_other_failures_of_the_model_are_raised_as_they_are(self):
+        module = built(tiny_cfg())
+        module.backbone.register_forward_pre_hook(lambda _, inputs: inputs[0].reshape(7, 7))
+        with pytest.raises(RuntimeError, match="shape"):
+            of(tiny_cfg(), module)([picture(64, 80)])
+
+
+def lowered(cfg, threshold: float):
+    """The same config with its thresholds set, as a user of DefaultPredictor has to."""
+    cfg = cfg.clone()
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = threshold
+    return cfg
+
+
+def raised(cfg):
+    return lowered(cfg, 0.9)
+
+
+def median_score(module, cfg, image) -> float:
+    scores = of(cfg, module)([image], score_threshold=0.0)[0].scores
+    return float(np.sort(scores)[len(scores) // 2])
+
+
+WITH_THRESHOLDS = ["Faster R-CNN, FPN", "Mask R-CNN, C4", "Mask R-CNN, FPN", "Cascade Mask R-CNN", "RetinaNet",
+                   "Keypoint R-CNN", "Panoptic FPN", "PointRend"]  # fmt: skip
+
+
+class TestOptions:
+    """Thresholds, classes and numbers for each call, and the model as it was."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", WITH_THRESHOLDS)
+    def test_threshold_under_the_models_own_is_honoured(self, name, tmp_path):
+        """As if the model had been built with that threshold, to the last bit; 0.9 is its own."""
+        cfg = checkpoint(CONFIGS[name](), tmp_path / "weights.pth")
+        image = picture(120, 130)
+        ours = of(raised(cfg), DefaultPredictor(raised(cfg)).model)
+        threshold = median_score(ours.model, raised(cfg), image)
+        theirs = DefaultPredictor(lowered(cfg, threshold))(image)
+        assert len(ours([image])[0]) == 0
+        assert_equals_detectron2(ours([image], score_threshold=threshold)[0], theirs)
+
+    def test_threshold_of_fcos_is_honoured(self):
+        """FCOS is in the zoo as a LazyConfig only."""
+        cfg = PROJECTS["FCOS"].values[0]()
+        module = built(cfg)
+        everything = of(cfg, module)([picture(120, 130)])[0]
+        module.test_score_thresh = 0.9
+        predictor = of(cfg, module)
+        assert len(predictor([picture(120, 130)])[0]) == 0
+        assert predictor([picture(120, 130)], score_threshold=0.0)[0] == everything
+        assert module.test_score_thresh == 0.9
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", WITH_THRESHOLDS)
+    def test_images_of_one_batch_have_options_of_their_own(self, name):
+        """Each gets what it gets in a batch of as many whose images all have its options."""
+        cfg = lowered(CONFIGS[name](), 0.001)
+        predictor = of(cfg, batch="padded")
+        if name == "RetinaNet":  # as built, its scores are all but the same; equal ones come in any order
+            predictor.model.head.cls_score.weight.data.mul_(100)
+        image = picture(120, 130)
+        middle = median_score(predictor.model, cfg, image)
+        label = int(predictor([image])[0].class_ids[0])
+        mixed = [options(None), options(None, score_threshold=middle), options(None, top_k=2), options(None, classes=[label]),
+                 options(None, score_threshold=0.0, top_k=1), options(None, classes=[])]  # fmt: skip
+        for together, wanted in zip(predictor.predict([image] * len(mixed), mixed), mixed, strict=True):
+            place = mixed.index(wanted)
+            alike = predictor.predict([image] * len(mixed), [wanted] * len(mixed))[place]
+            assert np.array_equal(together.boxes, alike.boxes)
+            assert np.array_equal(together.scores, alike.scores)
+            assert np.array_equal(together.class_ids, alike.class_ids)
+            if alike.panoptic is not None:
+                assert (together.panoptic.ids == alike.panoptic.ids).mean() > 0.99
+
+    def test_options_choose_among_what_the_model_finds(self, demo_predictor):
+        predictor = of(demo_predictor.cfg, demo_predictor.model, batch="exact")
+        everything = predictor([pixels(0)], score_threshold=0.02)[0]
+        assert predictor([pixels(0)], score_threshold=0.5)[0] == everything[everything.scores > 0.5]
+        assert predictor([pixels(0)], score_threshold=0.02, top_k=3)[0] == everything[:3]
+        eights = predictor([pixels(0)], score_threshold=0.02, classes=["8", 4])[0]
+        assert eights == everything[np.isin(everything.class_ids, [8, 4])]
+        assert 0 < len(eights) < len(everything)
+        best = predictor([pixels(0)], score_threshold=0.02, classes=["8"], top_k=1)[0]
+        assert best == everything[everything.class_ids == 8][:1]
+
+    def test_number_above_the_models_own_limit_is_honoured(self):
+        cfg = tiny_cfg()
+        cfg.TEST.DETECTIONS_PER_IMAGE = 5
+        predictor = of(cfg)
+        assert len(predictor([picture()])[0]) == 5
+        assert len(predictor([picture()], top_k=30)[0]) == 30
+
+    def test_masks_are_computed_for_the_wanted_detections_alone(self, demo_predictor):
+        """Most of the time of a detection is its mask's."""
+        rows: list[int] = []
+        head = demo_predictor.model.roi_heads.mask_head
+        handle = head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+        try:
+            predictor = of(demo_predictor.cfg, demo_predictor.model)
+            wanted = [options(predictor.dataset, top_k=2), options(predictor.dataset, score_threshold=0.9)]
+            found = predictor.predict([pixels(0), pixels(1)], wanted)
+        finally:
+            handle.remove()
+        assert rows == [sum(len(each) for each in found)]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["Mask R-CNN, FPN", "Cascade Mask R-CNN", "RetinaNet", "Panoptic FPN"])
+    def test_call_leaves_the_model_as_it_was(self, name):
+        predictor = of(CONFIGS[name]())
+        before = selftest.settings(predictor.model), {k: v.clone() for k, v in predictor.model.state_dict().items()}
+        modules = dict(predictor.model.named_modules())
+        predictor([picture(), picture(seed=1)], score_threshold=0.0, classes=[1], top_k=200)
+        assert selftest.settings(predictor.model) == before[0]
+        assert all(torch.equal(value, before[1][key]) for key, value in predictor.model.state_dict().items())
+        assert dict(predictor.model.named_modules()) == modules
+        assert not any("forward_with_given_boxes" in vars(module) for module in predictor.model.modules())
+
+    def test_call_leaves_the_processes_random_numbers_alone(self, demo_predictor):
+        np.random.seed(0)
+        torch.manual_seed(0)
+        before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        of(demo_predictor.cfg, demo_predictor.model)([pixels(0)])
+        assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+class TestThreads:
+    """Threads share one predictor."""
+
+    THRESHOLDS = (0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.9, None)
+
+    def mismatches(self, module) -> int:
+        """How many of 8 threads' results with different thresholds are not what each gets alone."""
+        cfg = demo.config()
+        predictor = of(cfg, module, batch="exact")
+        alone = [predictor([pixels(0)], score_threshold=each)[0] for each in self.THRESHOLDS]
+        assert len({len(each) for each in alone}) > 4
+        start = threading.Barrier(len(self.THRESHOLDS))
+
+        def call(threshold):
+            start.wait()
+            return [predictor([pixels(0)], score_threshold=threshold)[0] for _ in range(4)]
+
+        with ThreadPoolExecutor(len(self.THRESHOLDS)) as pool:
+            together = list(pool.map(call, self.THRESHOLDS))
+        return sum(found != due for finds, due in zip(together, alone, strict=True) for found in finds)
+
+    def test_eight_threads_with_different_thresholds_get_what_they_would_alone(self, demo_predictor):
+        assert self.mismatches(demo_predictor.model) == 0
+
+    def test_test_above_sees_a_threshold_that_is_shared(self, monkeypatch):
+        """With the threshold set in the model itself, as one would do it first, threads get each other's."""
+
+        def in_place(module, change):
+            for each in module.modules():
+                for name, value in change(each).items():
+                    setattr(each, name, value)
+            return module
+
+        monkeypatch.setattr(forward, "view", in_place)
+        assert self.mismatches(demo.predictor().model) > 0
+
+
+@pytest.fixture(scope="module")
+def panoptic_predictor():
+    cfg = CONFIGS["Panoptic FPN"]()
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.STUFF_AREA_LIMIT = 1
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH = 1.0
+    return of(cfg, batch="exact")
+
+
+class TestPanoptic:
+    """Panoptic FPN, where classes and numbers are chosen after things and stuff were combined."""
+
+    @pytest.fixture
+    def predictor(self, panoptic_predictor):
+        return panoptic_predictor
+
+    @pytest.fixture
+    def everything(self, predictor):
+        found = predictor([picture(120, 130)])[0]
+        assert {segment.is_thing for segment in found.panoptic.segments} == {True, False}
+        return found
+
+    def test_segments_point_at_their_detections(self, everything):
+        for segment in everything.panoptic.segments:
+            if segment.is_thing:
+                assert everything.class_ids[segment.detection] == segment.class_id
+                assert everything.class_names[segment.detection] == segment.class_name != ""
+                mask = decode(everything.masks[segment.detection])
+                assert mask[everything.panoptic.ids == segment.id].all()
+            else:
+                assert segment.detection is None
+                assert segment.class_name != ""
+
+    def test_top_k_keeps_the_best_things_and_all_stuff(self, predictor, everything):
+        best = predictor([picture(120, 130)], top_k=1)[0]
+        assert len(best) == 1
+        assert [s.detection for s in best.panoptic.segments if s.is_thing] in ([0], [])
+        stuff = [s.id for s in everything.panoptic.segments if not s.is_thing]
+        assert [s.id for s in best.panoptic.segments if not s.is_thing] == stuff
+        kept = [s.id for s in best.panoptic.segments]
+        expected = np.where(np.isin(everything.panoptic.ids, kept), everything.panoptic.ids, 0)
+        assert np.array_equal(best.panoptic.ids, expected)
+
+    def test_classes_keep_their_things_and_stuff(self, predictor, everything):
+        stuff = next(s for s in everything.panoptic.segments if not s.is_thing)
+        thing = next(s for s in everything.panoptic.segments if s.is_thing)
+        found = predictor([picture(120, 130)], classes=[stuff.class_name, thing.class_id])[0]
+        assert {(s.class_id, s.is_thing) for s in found.panoptic.segments} == {
+            (stuff.class_id, False), (thing.class_id, True),
+        }  # fmt: skip
+        assert set(found.class_ids.tolist()) == {thing.class_id}
+
+    def test_semantic_classes_leave_the_rest_void(self):
+        predictor = of(CONFIGS["Semantic FPN"]())
+        everything = predictor([picture(120, 130)])[0].semantic
+        label = int(everything[0, 0])
+        found = predictor([picture(120, 130)], classes=[label])[0].semantic
+        assert np.array_equal(found, np.where(everything == label, label, 255))
+
+
+class TestImages:
+    """Whatever an image comes as, the model gets it in its own channel order."""
+
+    @staticmethod
+    def png(bgr: np.ndarray, **arguments) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(bgr[:, :, ::-1])).save(buffer, "PNG", **arguments)
+        return buffer.getvalue()
+
+    @pytest.mark.parametrize("order", ["BGR", "RGB"])
+    def test_array_bytes_path_and_pil_image_reach_the_model_alike(self, order, tmp_path):
+        cfg = tiny_cfg()
+        cfg.INPUT.FORMAT = order
+        predictor = of(cfg)
+        seen: list[torch.Tensor] = []
+        predictor.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        bgr = picture(64, 80)
+        path = tmp_path / "picture.png"
+        path.write_bytes(self.png(bgr))
+        for image in [bgr, self.png(bgr), bytearray(self.png(bgr)), path, str(path), Image.open(path)]:
+            predictor([image])
+        expected = torch.as_tensor((bgr if order == "BGR" else bgr[:, :, ::-1]).copy()).permute(2, 0, 1)
+        mean = predictor.model.pixel_mean
+        for tensor in seen:
+            assert torch.allclose(tensor[0, :, :64, :80] + mean, expected.float(), atol=1e-3)
+        assert len(seen) == 6
+
+    def test_orientation_is_applied(self, demo_predictor):
+        predictor = of(demo_predictor.cfg, demo_predictor.model, batch="exact")
+        upright = Image.fromarray(np.ascontiguousarray(pixels(0)[:, :, ::-1]))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was turned: show it turned by 270 degrees
+        buffer = io.BytesIO()
+        upright.transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
+        assert predictor([buffer.getvalue()]) == predictor([pixels(0)])
+
+    def test_one_bad_image_is_reported_in_its_place_and_the_others_are_not_lost(self, demo_predictor):
+        predictor = of(demo_predictor.cfg, demo_predictor.model, batch="exact")
+        good = predictor([pixels(0)])[0]
+        cut = demo.images()[1].read_bytes()[:2000]
+        found = predictor([pixels(0), cut, b"GIF89a", pixels(0), "https://example.org/a.jpg"], errors="collect")
+        assert found[0] == found[3] == good
+        kinds = [errors.DamagedImageError, errors.UnsupportedImageError, errors.ImageError]
+        assert [type(found[index]) for index in (1, 2, 4)] == kinds
+        assert [found[index].index for index in (1, 2, 4)] == [1, 2, 4]
+
+    def test_first_bad_image_is_raised(self, demo_predictor):
+        predictor = of(demo_predictor.cfg, demo_predictor.model)
+        with pytest.raises(errors.UnsupportedImageError, match="image 1: it is a GIF") as caught:
+            predictor([pixels(0), b"GIF89a", b""])
+        assert caught.value.index == 1
+
+    def test_limits_are_arguments(self, demo_predictor):
+        predictor = of(demo_predictor.cfg, demo_predictor.model, limits=Limits(max_pixels=100))
+        with pytest.raises(errors.ImageTooLargeError, match="192 x 192"):
+            predictor([demo.images()[0]])
+
+    def test_image_of_which_nothing_is_left_at_the_models_size_is_refused(self, demo_predictor):
+        with pytest.raises(errors.ImageError, match="image 0: 9000x1 is too long and thin"):
+            of(demo_predictor.cfg, demo_predictor.model)([np.zeros((1, 9000, 3), np.uint8)])
+
+    def test_callers_array_stays_as_it_was(self, demo_predictor):
+        image = pixels(0)
+        before = image.copy()
+        of(demo_predictor.cfg, demo_predictor.model)([image])
+        assert np.array_equal(image, before)
+
+
+class TestNames:
+    """Class names and category ids are the saved model's."""
+
+    def test_one_class_model(self):
+        cfg = tiny_cfg()
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+        cfg.DATASETS.TEST = ("one_class_of_this_test",)
+        MetadataCatalog.get("one_class_of_this_test").set(thing_classes=["scratch"], thing_dataset_id_to_contiguous_id={17: 0})
+        predictor = bentoml.detectron.load_predictor(bentoml.detectron.save_model("one-class", built(cfg), cfg))
+        found = predictor([picture()])[0]
+        assert set(found.class_names) == {"scratch"}
+        assert set(found.category_ids.tolist()) == {17}
+        assert {each["category_id"] for each in found.to_coco(1)} == {17}
+        assert predictor([picture()], classes=["scratch"])[0].class_names == found.class_names
+        assert predictor.class_names == ("scratch",)
+
+    def test_model_without_names_gives_none(self):
+        found = of(tiny_cfg())([picture()])[0]
+        assert set(found.class_names) == {""}
+        assert found.category_ids is None
+
+
+@META_ARCH_REGISTRY.register()
+class Embedder(nn.Module):
+    """A model whose output is none of Detectron2's."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, batch):
+        return [{"embedding": self.layer(each["image"][None]).mean(dim=(2, 3))[0]} for each in batch]
+
+
+def test_output_of_another_kind_is_given_as_it_is():
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "Embedder"
+    found = of(cfg)([picture(), picture(seed=1)])
+    assert [each["embedding"].shape for each in found] == [(4,), (4,)]
+
+
+def test_semantic_logits_are_scaled_some_classes_at_a_time(monkeypatch):
+    """The same classes as from all at once, ties included, for any number at a time."""
+    logits = torch.randn(7, 20, 24).round()
+    expected = sem_seg_postprocess(logits, (18, 23), 50, 61).argmax(dim=0).numpy()
+    for most in (1, 2 * 50 * 61, 3 * 50 * 61 + 1, 1 << 24):
+        monkeypatch.setattr(outputs, "_MAX_VALUES", most)
+        assert np.array_equal(outputs._semantic(logits, (18, 23), (50, 61)), expected)
+
+
+def test_semantic_map_has_room_for_many_classes():
+    labels = np.array([[0, 299]])
+    assert outputs._map(labels, 300).dtype == np.int16
+    assert outputs._map(labels, 255).dtype == np.uint8
+
+
+class TestRotated:
+    """Rotated boxes need Detectron2's compiled ops to be found; what they become does not."""
+
+    def test_boxes_have_five_columns(self):
+        from detectron2.structures import Instances, RotatedBoxes
+
+        boxes = RotatedBoxes(torch.tensor([[40.0, 30, 20, 10, 30], [60, 60, 30, 12, -45]]))
+        instances = Instances((80, 100), pred_boxes=boxes, scores=torch.tensor([0.9, 0.2]), pred_classes=torch.tensor([1, 0]))
+        output = forward._recognised({"instances": instances}, Options(), None)
+        names = outputs.Names(Dataset(name="ships", thing_classes=["ferry", "tug"]))
+        found = outputs.detections(output, (80, 100), Options(), names)
+        assert np.array_equal(found.boxes, boxes.tensor.numpy())
+        assert found.class_names == ("tug", "ferry")
+        assert found.to_coco(3)[0]["bbox"] == pytest.approx([40, 30, 20, 10, 30])
+
+
+class TestArguments:
+    """What is refused, by name."""
+
+    @pytest.mark.parametrize("images", ["a.jpg", b"\xff\xd8", np.zeros((4, 4, 3), np.uint8), 3, iter([])])
+    def test_images_that_are_no_list(self, images, demo_predictor):
+        with pytest.raises(errors.InvalidArgumentError, match="give a list of images"):
+            of(demo_predictor.cfg, demo_predictor.model)(images)
+
+    @pytest.mark.parametrize("arguments", [{"batch": "big"}, {"max_batch_pixels": 0}])
+    def test_predictor(self, arguments, demo_predictor):
+        with pytest.raises(errors.InvalidArgumentError, match=next(iter(arguments))):
+            of(demo_predictor.cfg, demo_predictor.model, **arguments)
+
+    def test_channel_order_that_is_not_known(self, demo_predictor):
+        with pytest.raises(errors.InvalidArgumentError, match=r"'YUV-BT\.601'"):
+            Predictor(demo_predictor.model, Input(format="YUV-BT.601", min_size_test=0, max_size_test=0))
+
+    def test_way_of_errors(self, demo_predictor):
+        with pytest.raises(errors.InvalidArgumentError, match="errors='ignore'"):
+            of(demo_predictor.cfg, demo_predictor.model)([], errors="ignore")
+
+    def test_precision(self, demo_predictor):
+        saved = bentoml.detectron.save_model("precision", demo_predictor)
+        with pytest.raises(errors.InvalidArgumentError, match="precision='fp8'"):
+            bentoml.detectron.load_predictor(saved, precision="fp8")
+
+    def test_device(self, demo_predictor):
+        saved = bentoml.detectron.save_model("no-device", demo_predictor)
+        with pytest.raises(errors.UnknownDeviceError):
+            bentoml.detectron.load_predictor(saved, "warp")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestGpu:
+    """The same on a GPU."""
+
+    def test_batches_give_what_the_cpu_gives(self, demo_predictor):
+        saved = bentoml.detectron.save_model("on-gpu", demo_predictor)
+        images = [pixels(index) for index in range(6)]
+        ours = bentoml.detectron.load_predictor(saved, "cuda:0")(images, score_threshold=0.3)
+        theirs = bentoml.detectron.load_predictor(saved)(images, score_threshold=0.3)
+        for one, other in zip(ours, theirs, strict=True):
+            assert np.array_equal(one.class_ids, other.class_ids)
+            assert np.abs(one.boxes - other.boxes).max() < 0.1
+
+    def test_out_of_memory_is_halved(self, demo_predictor):
+        predictor = of(demo_predictor.cfg, demo_predictor.model.cuda())
+
+        def ask(_, inputs):
+            if len(inputs[0]) > 2:
+                torch.empty(1 << 45, device="cuda")
+
+        handle = predictor.model.backbone.register_forward_pre_hook(ask)
+        try:
+            assert len(predictor([Path(path) for path in demo.images()[:5]])) == 5
+        finally:
+            handle.remove()
+            demo_predictor.model.cpu()
