@@ -194,9 +194,17 @@ class Predictor:
             One `Detections` an image, in their order; a `DetectronError` in the place of one that could not be used.
         """
         results: list[Any] = [None] * len(images)
-        waiting: dict[tuple[int, int], list[_Prepared]] = {}
+        for group in self._groups(images, wanted, results):
+            self._run(group, results)
+        return results
+
+    def _groups(self, images: Sequence[ImageLike], wanted: Sequence[Options], results: list[Any]) -> Iterator[list[_Prepared]]:
+        """Images that go through the model together, as soon as there are enough; errors of others go to their places.
+
+        What waits for company is kept within the budget too, however many shapes there are.
+        """
         budget = self._budget()
-        pixels = 0
+        waiting: dict[tuple[int, int], list[_Prepared]] = {}
         for index, (image, options_) in enumerate(zip(images, wanted, strict=True)):
             try:
                 prepared = self._prepare(image, index, options_)
@@ -204,20 +212,12 @@ class Predictor:
                 results[index] = exc
                 continue
             shape = self._padded(prepared.pixels.shape[:2])
-            group = waiting.setdefault(shape, [])
-            group.append(prepared)
-            pixels += shape[0] * shape[1]
-            most = 1 if self.batch == "exact" else max(1, budget // (shape[0] * shape[1]))
-            # What waits is kept within the budget too: few images of each of many shapes.
-            while len(group) >= most or (pixels > budget and waiting):
-                full = shape if len(group) >= most else max(waiting, key=lambda each: len(waiting[each]) * each[0] * each[1])
-                chunk = waiting.pop(full)
-                pixels -= len(chunk) * full[0] * full[1]
-                self._run(chunk, results)
-                group = waiting.get(shape, [])
-        for chunk in waiting.values():
-            self._run(chunk, results)
-        return results
+            waiting.setdefault(shape, []).append(prepared)
+            if self.batch == "exact" or (len(waiting[shape]) + 1) * shape[0] * shape[1] > budget:
+                yield waiting.pop(shape)
+            elif sum(len(group) * height * width for (height, width), group in waiting.items()) > budget:
+                yield waiting.pop(max(waiting, key=lambda each: len(waiting[each]) * each[0] * each[1]))
+        yield from waiting.values()
 
     def _prepare(self, image: ImageLike, index: int, options_: Options) -> _Prepared:
         """Decodes an image and scales it to the model's size, as ``DefaultPredictor`` does."""
