@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -18,8 +19,9 @@ from torch import nn
 from bentoml_detectron import images as pictures
 from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.errors import DetectronError, ImageError, InvalidArgumentError, OutOfMemoryError
-from bentoml_detectron.forward import forward
+from bentoml_detectron.forward import Output, forward
 from bentoml_detectron.images import ImageLike, Limits
+from bentoml_detectron.model import device_of
 from bentoml_detectron.options import Options, options
 from bentoml_detectron.outputs import Names, detections
 from bentoml_detectron.results import Detections
@@ -34,15 +36,25 @@ BYTES_PER_PIXEL = 1000
 _LEAST_STRIDE = 32  # pixels to which images are padded in groups, for models that ask for no multiple
 
 Batch = Literal["padded", "exact"]
+Observe = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """One image as the model takes it: (h, w, 3) uint8 in the model's own channel order and size."""
+class Prepared:
+    """One image as the model takes it.
+
+    Attributes:
+        index: Its place in the call.
+        pixels: (h, w, 3) uint8, in the model's own channel order and size.
+        size: Height and width of the image that was given.
+        shape: Height and width that it has in the model, padding included; images of one shape may run together.
+        options: What is wanted of it.
+    """
 
     index: int
     pixels: NDArray[np.uint8]
     size: tuple[int, int]
+    shape: tuple[int, int]
     options: Options
 
 
@@ -195,23 +207,24 @@ class Predictor:
         """
         results: list[Any] = [None] * len(images)
         for group in self._groups(images, wanted, results):
-            self._run(group, results)
+            for prepared, result in zip(group, self.run(group), strict=True):
+                results[prepared.index] = result
         return results
 
-    def _groups(self, images: Sequence[ImageLike], wanted: Sequence[Options], results: list[Any]) -> Iterator[list[_Prepared]]:
+    def _groups(self, images: Sequence[ImageLike], wanted: Sequence[Options], results: list[Any]) -> Iterator[list[Prepared]]:
         """Images that go through the model together, as soon as there are enough; errors of others go to their places.
 
         What waits for company is kept within the budget too, however many shapes there are.
         """
-        budget = self._budget()
-        waiting: dict[tuple[int, int], list[_Prepared]] = {}
-        for index, (image, options_) in enumerate(zip(images, wanted, strict=True)):
+        budget = self.budget()
+        waiting: dict[tuple[int, int], list[Prepared]] = {}
+        for index, (image, each) in enumerate(zip(images, wanted, strict=True)):
             try:
-                prepared = self._prepare(image, index, options_)
+                prepared = self.prepare(image, each, index)
             except DetectronError as exc:
                 results[index] = exc
                 continue
-            shape = self._padded(prepared.pixels.shape[:2])
+            shape = prepared.shape
             waiting.setdefault(shape, []).append(prepared)
             if self.batch == "exact" or (len(waiting[shape]) + 1) * shape[0] * shape[1] > budget:
                 yield waiting.pop(shape)
@@ -219,8 +232,12 @@ class Predictor:
                 yield waiting.pop(max(waiting, key=lambda each: len(waiting[each]) * each[0] * each[1]))
         yield from waiting.values()
 
-    def _prepare(self, image: ImageLike, index: int, options_: Options) -> _Prepared:
-        """Decodes an image and scales it to the model's size, as ``DefaultPredictor`` does."""
+    def prepare(self, image: ImageLike, wanted: Options, index: int = 0) -> Prepared:
+        """Decodes an image and scales it to the model's size, as ``DefaultPredictor`` does.
+
+        Raises:
+            ImageError: It cannot be used.
+        """
         pixels = pictures.load(image, self.limits, index=index)
         height, width = size = pixels.shape[:2]
         if self.input.format == "RGB":
@@ -235,9 +252,9 @@ class Predictor:
                     value=size,
                 )
             pixels = ResizeTransform(height, width, *shape).apply_image(pixels)
-        return _Prepared(index, pixels, (height, width), options_)
+        return Prepared(index, pixels, (height, width), self._padded(*pixels.shape[:2]), wanted)
 
-    def _padded(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def _padded(self, *shape: int) -> tuple[int, int]:
         """The shape that an image of this one has in the model, as far as grouping goes."""
         backbone = getattr(self.model, "backbone", None)
         square = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
@@ -248,40 +265,45 @@ class Predictor:
         height, width = (-(-length // stride) * stride for length in shape)
         return height, width
 
-    def _budget(self) -> int:
-        """Most pixels that may go through the model together."""
+    def budget(self) -> int:
+        """Most pixels, padding included, that may go through the model together now."""
         if self.max_batch_pixels is not None:
             return self.max_batch_pixels
-        return max(1, free_memory(_device(self.model)) // 2 // BYTES_PER_PIXEL)
+        return max(1, free_memory(device_of(self.model)) // 2 // BYTES_PER_PIXEL)
 
-    def _run(self, group: list[_Prepared], results: list[Any]) -> None:
-        """Runs a group and puts its results into their places; halves it where it takes too much memory."""
+    def run(self, group: Sequence[Prepared], observe: Observe = lambda stage, seconds: None) -> list[Any]:
+        """Runs images of one padded shape through the model together; in halves, where that takes too much memory.
+
+        Args:
+            group: At least one image.
+            observe: Is told how long the stages "forward" and "postprocess" took, in seconds.
+
+        Returns:
+            One `Detections` an image; a `DetectronError` in the place of one that failed.
+        """
+        start = time.perf_counter()
+        outputs = None
         try:
             outputs = self._forward(group)
         except (MemoryError, RuntimeError) as exc:
             if not _is_out_of_memory(exc):
                 raise
-            outputs = None
-        if outputs is not None:
-            for prepared, output in zip(group, outputs, strict=True):
-                results[prepared.index] = output
-        elif len(group) == 1:
-            height, width = group[0].size
-            results[group[0].index] = OutOfMemoryError(
-                f"image {group[0].index}: {width}x{height} takes more memory than there is; give a smaller image, or end what "
-                "else takes memory here",
-                value=group[0].size,
-            )
-        else:
+        # Here the exception is gone, and with it what it held.
+        if outputs is None and len(group) == 1:
+            return [_too_large(group[0])]
+        if outputs is None:
             logger.warning("out of memory with %d images in a batch; going on with half as many", len(group))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             half = len(group) // 2
-            self._run(group[:half], results)
-            self._run(group[half:], results)
+            return [*self.run(group[:half], observe), *self.run(group[half:], observe)]
+        between = time.perf_counter()
+        results = [self._result(output, each) for output, each in zip(outputs, group, strict=True)]
+        observe("forward", between - start)
+        observe("postprocess", time.perf_counter() - between)
+        return results
 
-    def _forward(self, group: list[_Prepared]) -> list[Any]:
-        """One batch from pixels to `Detections`."""
+    def _forward(self, group: Sequence[Prepared]) -> list[Output]:
         with torch.inference_mode():
             inputs = [
                 {
@@ -292,21 +314,28 @@ class Predictor:
                 }
                 for each in group
             ]
-            outputs = forward(self.model, inputs, [each.options for each in group])
-            divisor = getattr(getattr(self.model, "meta", None), "label_divisor", 1000)
-            return [
-                detections(output, each.size, each.options, self._names, divisor)
-                for output, each in zip(outputs, group, strict=True)
-            ]
+            return forward(self.model, inputs, [each.options for each in group])
+
+    def _result(self, output: Output, prepared: Prepared) -> Any:
+        divisor = getattr(getattr(self.model, "meta", None), "label_divisor", 1000)
+        try:
+            with torch.inference_mode():
+                return detections(output, prepared.size, prepared.options, self._names, divisor)
+        except DetectronError as exc:  # such as boxes that are no numbers; the others are not lost for it
+            return exc
+        except (MemoryError, RuntimeError) as exc:
+            if not _is_out_of_memory(exc):
+                raise
+        return _too_large(prepared)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in _tensors(model)), torch.device("cpu"))
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _too_large(prepared: Prepared) -> OutOfMemoryError:
+    height, width = prepared.size
+    return OutOfMemoryError(
+        f"image {prepared.index}: {width}x{height} takes more memory than there is; give a smaller image, or end what "
+        "else takes memory here",
+        value=prepared.size,
+    )
 
 
 def free_memory(device: torch.device) -> int:

@@ -161,9 +161,9 @@ class TestBatches:
         loaded: list[int] = []
 
         class Watched(Predictor):
-            def _prepare(self, image, index, options_):
+            def prepare(self, image, wanted, index=0):
                 loaded.append(index - sum(shape[0] for shape in shapes))
-                return super()._prepare(image, index, options_)
+                return super().prepare(image, wanted, index)
 
         Watched(module, Input(format="BGR", min_size_test=0, max_size_test=0), max_batch_pixels=64 * 32 * 20)(
             [picture(*size) for size in sizes]
