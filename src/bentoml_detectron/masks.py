@@ -149,6 +149,33 @@ def bounding_box(rle: RLE) -> tuple[int, int, int, int]:
     return int(left[0]), y0, int(right[-1] - left[0]) + 1, y1 - y0 + 1
 
 
+def crop(rle: RLE) -> tuple[int, int, int, int, Positions]:
+    """A mask cut to its tight box: x, y, width, height, and the lengths of its runs there, off first, column by column.
+
+    All without its pixels. A mask without any is one pixel, off, at 0, 0.
+
+    Raises:
+        InvalidArgumentError: The RLE is malformed.
+    """
+    counts, image_height, _ = _counts(rle)
+    ends = np.cumsum(counts)[: len(counts) // 2 * 2].reshape(-1, 2)
+    starts, stops = ends[ends[:, 0] < ends[:, 1]].T
+    if not len(starts):
+        return 0, 0, 1, 1, np.ones(1, np.int64)
+    # By its last pixel: a run may stop at the edge of the box, which is not where the next column starts in the image.
+    (first_x, first_y), (last_x, last_y) = np.divmod(starts, image_height), np.divmod(stops - 1, image_height)
+    x, width = int(first_x[0]), int(last_x[-1] - first_x[0]) + 1
+    y, height = int(first_y.min()), int(last_y.max() - first_y.min()) + 1
+    if (first_x != last_x).any():  # on in the last row of a column and in the first of the next
+        y, height = 0, image_height
+    starts = (first_x - x) * height + first_y - y
+    stops = (last_x - x) * height + last_y - y + 1
+    # Runs that touch now are one.
+    parted = starts[1:] != stops[:-1]
+    toggles = np.stack([starts[np.append(True, parted)], stops[np.append(parted, True)]], axis=1).ravel()
+    return x, y, width, height, np.diff(toggles, prepend=0, append=width * height)
+
+
 def to_polygons(rle: RLE) -> list[list[float]]:
     """A mask's outer contours as COCO polygons, each ``[x0, y0, x1, y1, ...]`` of at least four corners.
 
@@ -159,10 +186,10 @@ def to_polygons(rle: RLE) -> list[list[float]]:
     Raises:
         InvalidArgumentError: The RLE is malformed.
     """
-    x, y, width, height = bounding_box(rle)
-    crop = np.zeros((height + 2, width + 2), np.bool_)
-    crop[1:-1, 1:-1] = decode(rle)[y : y + height, x : x + width]
-    return [(np.array(outline) + (x, y)).ravel().astype(float).tolist() for outline in _outlines(crop)]
+    x, y, width, height, runs = crop(rle)
+    padded = np.zeros((height + 2, width + 2), np.bool_)
+    padded[1:-1, 1:-1] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    return [(np.array(outline) + (x, y)).ravel().astype(float).tolist() for outline in _outlines(padded)]
 
 
 def _outlines(padded: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:

@@ -5,16 +5,16 @@ Reading them needs neither PyTorch nor Detectron2.
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bentoml_detectron import masks as rle_masks
+from bentoml_detectron import results_checks as checks
+from bentoml_detectron import results_json
 from bentoml_detectron.errors import NO_DETECTRON2, DependencyMissingError, DetectronMissingError, InvalidArgumentError
 from bentoml_detectron.masks import RLE
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RLE", "Detections", "PanopticSegmentation", "Segment"]
 
-MAX_SIDE = 1 << 16  # pixels; JPEG's own limit
+MOST_SEGMENT = (1 << 24) - 1
+"""The highest segment id: three bytes, as COCO's panoptic PNG has them."""
 VOID = {"uint8": 255, "int16": -1}
 """What a semantic map holds where it says nothing, by its dtype."""
 
@@ -42,6 +43,9 @@ class Segment:
         score: In [0, 1], of a thing; None for stuff, and where the model gives none.
         category_id: The dataset's own id, where the model carries it.
         detection: The index of the detection that it is the segment of, if there is one.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) One has another type, or is out of range.
     """
 
     id: int
@@ -52,6 +56,21 @@ class Segment:
     score: float | None = None
     category_id: int | None = None
     detection: int | None = None
+
+    def __post_init__(self) -> None:
+        _set(self, "id", checks.whole("a segment's id", self.id, 1, MOST_SEGMENT))
+        _set(self, "class_id", checks.whole("a segment's class_id", self.class_id, 0))
+        _set(self, "area", checks.whole("a segment's area", self.area, 0))
+        _set(self, "class_name", checks.names("a segment's class_name", [self.class_name], 1)[0])
+        if not isinstance(self.is_thing, (bool, np.bool_)):
+            raise InvalidArgumentError(f"a segment's is_thing is {self.is_thing!r}; give True or False", value=self.is_thing)
+        _set(self, "is_thing", bool(self.is_thing))
+        if self.score is not None:
+            _set(self, "score", checks.score(self.score))
+        if self.category_id is not None:
+            _set(self, "category_id", checks.whole("a segment's category_id", self.category_id, -(1 << 63)))
+        if self.detection is not None:
+            _set(self, "detection", checks.whole("a segment's detection", self.detection, 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +86,22 @@ class PanopticSegmentation:
     segments: tuple[Segment, ...]
 
     def __post_init__(self) -> None:
-        _set(self, "ids", _array("panoptic.ids", self.ids, np.int32, (None, None)))
-        _set(self, "segments", tuple(self.segments))
+        _set(self, "ids", checks.array("panoptic.ids", self.ids, np.int32, (None, None)))
+        given = tuple(self.segments) if isinstance(self.segments, Iterable) else (None,)
+        if not all(isinstance(segment, Segment) for segment in given):
+            raise InvalidArgumentError(f"panoptic.segments is {self.segments!r:.80}; give Segments", value=self.segments)
+        _set(self, "segments", given)
         known = [segment.id for segment in self.segments]
-        if len(set(known)) != len(known) or not all(0 < each < 1 << 24 for each in known):
-            raise InvalidArgumentError(f"segment ids are distinct and from 1 to 2**24 - 1, not {known}", value=known)
+        if len(set(known)) < len(known):
+            raise InvalidArgumentError(f"segment ids are {known}; each is there once", value=known)
+        lowest, highest = (int(self.ids.min()), int(self.ids.max())) if self.ids.size else (0, 0)
+        is_known = np.zeros(min(max(highest, 0), MOST_SEGMENT) + 1, np.bool_)
+        is_known[[each for each in [0, *known] if each < len(is_known)]] = True
+        if lowest < 0 or highest > MOST_SEGMENT or not is_known[self.ids].all():
+            raise InvalidArgumentError(f"panoptic.ids holds ids other than 0 and those of its segments, {known}", value=known)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PanopticSegmentation, (self.ids, self.segments)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PanopticSegmentation):
@@ -90,8 +120,7 @@ class PanopticSegmentation:
 
     def to_png(self) -> bytes:
         """The map as COCO's panoptic PNG: an id is red + 256 green + 65536 blue."""
-        rgb = np.ascontiguousarray(self.ids, dtype="<i4").view(np.uint8).reshape(*self.ids.shape, 4)[..., :3]
-        return _png(rgb)
+        return results_json.panoptic_png(self.ids)
 
     def segments_info(self) -> list[dict[str, Any]]:
         """COCO's ``segments_info``; category ids are the dataset's where the model carries them."""
@@ -109,7 +138,9 @@ class PanopticSegmentation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detections:
-    """What a model found on one image. N detections, best score first as the model gave them; arrays are read-only.
+    """What a model found on one image: N detections, in the model's order, which is best score first in Detectron2's.
+
+    Arrays are read-only, and views of those that they were made of where these have the same dtype.
 
     Attributes:
         image_size: Height and width of the image, in pixels.
@@ -140,31 +171,31 @@ class Detections:
     category_ids: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
-        size = _image_size(self.image_size)
-        count = len(self.scores)
-        columns = 5 if np.ndim(self.boxes) == 2 and np.shape(self.boxes)[1] == 5 else 4
+        size = checks.image_size(self.image_size)
         _set(self, "image_size", size)
-        _set(self, "boxes", _array("boxes", self.boxes, np.float32, (count, columns)))
-        _set(self, "scores", _array("scores", self.scores, np.float32, (count,)))
-        _set(self, "class_ids", _array("class_ids", self.class_ids, np.int64, (count,)))
-        _set(self, "class_names", tuple(self.class_names))
-        if len(self.class_names) != count or not all(isinstance(name, str) for name in self.class_names):
-            raise InvalidArgumentError(
-                f"class_names are {count} strings here, not {self.class_names!r}", value=self.class_names
-            )
+        _set(self, "scores", checks.array("scores", self.scores, np.float32, (None,)))
+        count = len(self.scores)
+        _set(self, "boxes", checks.boxes(self.boxes, count))
+        _set(self, "class_ids", checks.array("class_ids", self.class_ids, np.int64, (count,)))
+        if count and self.class_ids.min() < 0:
+            raise InvalidArgumentError(f"class_ids holds {self.class_ids.min()}; they are from 0", value=self.class_ids)
+        _set(self, "class_names", checks.names("class_names", self.class_names, count))
         if self.category_ids is not None:
-            _set(self, "category_ids", _array("category_ids", self.category_ids, np.int64, (count,)))
+            _set(self, "category_ids", checks.array("category_ids", self.category_ids, np.int64, (count,)))
         if self.keypoints is not None:
-            _set(self, "keypoints", _array("keypoints", self.keypoints, np.float32, (count, None, 3)))
+            _set(self, "keypoints", checks.array("keypoints", self.keypoints, np.float32, (count, None, 3)))
         if self.masks is not None:
-            _set(self, "masks", list(self.masks))
-            if len(self.masks) != count or any(tuple(mask["size"]) != size for mask in self.masks):
-                raise InvalidArgumentError(f"masks are {count} RLEs of size {list(size)} here", value=len(self.masks))
+            _set(self, "masks", checks.masks(self.masks, count, size))
         if self.semantic is not None:
-            dtype = np.dtype(np.int16 if getattr(self.semantic, "dtype", None) == np.int16 else np.uint8)
-            _set(self, "semantic", _array("semantic", self.semantic, dtype.type, size))
-        if self.panoptic is not None and self.panoptic.ids.shape != size:
-            raise InvalidArgumentError(f"panoptic.ids is {self.panoptic.ids.shape}; the image is {size}", value=self.panoptic)
+            dtype = getattr(self.semantic, "dtype", type(self.semantic))
+            if dtype not in (np.uint8, np.int16):
+                raise InvalidArgumentError(f"semantic is {dtype}; give an array of uint8 or int16", value=dtype)
+            _set(self, "semantic", checks.array("semantic", self.semantic, np.dtype(dtype).type, size))
+        if self.panoptic is not None:
+            _check_panoptic(self.panoptic, count, size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Detections, tuple(getattr(self, each.name) for each in fields(self))
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -190,22 +221,35 @@ class Detections:
         Example::
 
             sure = found[found.scores > 0.6]
+
+        Raises:
+            InvalidArgumentError: (``ValueError``) It is none of these, or there are not so many detections.
         """
-        chosen = np.arange(len(self))[index if isinstance(index, slice) else np.asarray(index)]
-        if chosen.ndim != 1:
-            raise InvalidArgumentError(f"{index!r} is one detection; give a slice, or a list of indices", value=index)
+        chosen = self._chosen(index)
         return Detections(
             self.image_size,
             self.boxes[chosen],
             self.scores[chosen],
             self.class_ids[chosen],
-            tuple(self.class_names[i] for i in chosen),
-            None if self.masks is None else [self.masks[i] for i in chosen],
+            tuple(self.class_names[i] for i in chosen.tolist()),
+            None if self.masks is None else [self.masks[i] for i in chosen.tolist()],
             None if self.keypoints is None else self.keypoints[chosen],
             None if self.panoptic is None else _relinked(self.panoptic, chosen),
             self.semantic,
             None if self.category_ids is None else self.category_ids[chosen],
         )
+
+    def _chosen(self, index: Any) -> NDArray[np.int64]:
+        try:
+            given = index if isinstance(index, slice) else np.asarray(index)
+            if isinstance(given, np.ndarray) and given.shape == (0,):
+                given = given.astype(np.int64)  # without elements a list has no type
+            chosen = np.arange(len(self))[given]
+        except (IndexError, TypeError, ValueError) as exc:
+            raise InvalidArgumentError(f"{index!r:.80} chooses none of {len(self)} detections: {exc}", value=index) from exc
+        if np.ndim(chosen) != 1:
+            raise InvalidArgumentError(f"{index!r:.80} is no list; for one detection give a list of one", value=index)
+        return chosen
 
     def polygons(self) -> list[list[list[float]]]:
         """Each detection's mask as COCO's polygons, flat x, y lists in absolute pixels; see `masks.to_polygons`.
@@ -218,61 +262,44 @@ class Detections:
         return [rle_masks.to_polygons(mask) for mask in self.masks]
 
     def to_json(self, *, masks: Literal["rle", "polygon", "none"] = "rle") -> str:
-        """As one JSON object whose keys are the attributes; ``docs/detections.schema.json`` is its schema.
+        """As one JSON object, described by ``docs/detections.schema.json``; its keys are the attributes, and two more.
 
         Args:
             masks: As RLE, which `from_json` reads back without loss; as polygons, or not at all, which it cannot.
 
         Returns:
-            The text. Numbers are the shortest that give the same float32; maps are PNG in base64.
+            The text. Numbers are the shortest that give the same float32; maps are PNG in base64. "box_format" is "xyxy" or
+            "xywha", "keypoint_count" is K.
         """
-        import orjson
-
         if masks not in ("rle", "polygon", "none"):
             raise InvalidArgumentError(f"masks={masks!r}; give 'rle', 'polygon' or 'none'", value=masks)
-        spelled: Any = self.masks if masks == "rle" else None
-        if masks == "polygon" and self.masks is not None:
-            spelled = self.polygons()
-        content = {
-            "image_size": self.image_size,
-            "boxes": self.boxes,
-            "scores": self.scores,
-            "class_ids": self.class_ids,
-            "class_names": self.class_names,
-            "category_ids": self.category_ids,
-            "masks": spelled,
-            "keypoints": self.keypoints,
-            "panoptic": None if self.panoptic is None else {
-                "png": _base64(self.panoptic.to_png()), "segments": self.panoptic.segments,
-            },
-            "semantic": None if self.semantic is None else {
-                "dtype": str(self.semantic.dtype), "png": _base64(_png(self.semantic)),
-            },
-        }  # fmt: skip
-        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+        parts = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.masks is not None and masks != "rle":
+            parts["masks"] = self.polygons() if masks == "polygon" else None
+        if self.panoptic is None:
+            return results_json.write(parts)
+        return results_json.write({**parts, "panoptic": self.panoptic.ids}, self.panoptic.segments)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Detections:
-        """Reads what `to_json` wrote; the text may come from anywhere.
+    def from_json(cls, text: str | bytes | bytearray) -> Detections:
+        """Reads what `to_json` wrote; the text may come from anyone.
+
+        It takes memory in proportion to the text, and for maps to `image_size`, at most 2**28 pixels.
 
         Raises:
             InvalidArgumentError: (``ValueError``) It is no such text, or its parts do not fit together.
         """
-        import orjson
-
-        try:
-            content = orjson.loads(text)
-            return _from_content(content)
-        except InvalidArgumentError:
-            raise
-        except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as exc:
-            raise InvalidArgumentError(f"this is no Detections as to_json writes them: {exc!r}") from exc
+        parts, segments = results_json.read(text)
+        if "panoptic" in parts:
+            parts["panoptic"] = PanopticSegmentation(parts["panoptic"], tuple(Segment(**each) for each in segments))
+        return cls(**parts)
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """As COCO results, which pycocotools' ``loadRes`` takes; one dict a detection.
 
         Category ids are the dataset's where the model carries them. Boxes are XYWH, XYWHA of rotated models. Keypoints are
-        pixel indices, half a pixel less than Detectron2's coordinates, as in its ``COCOEvaluator``.
+        pixel indices, half a pixel less than Detectron2's coordinates, as in its ``COCOEvaluator``. Before the AP of
+        masks, it takes "bbox" out of each: ``loadRes`` would take the areas of the boxes for those of the masks.
         """
         boxes = self.boxes
         if boxes.shape[1] == 4:
@@ -282,7 +309,7 @@ class Detections:
             "category_id": categories.tolist(), "bbox": boxes.tolist(), "score": self.scores.tolist(),
         }  # fmt: skip
         if self.masks is not None:
-            columns["segmentation"] = [dict(mask) for mask in self.masks]
+            columns["segmentation"] = [{"size": list(mask["size"]), "counts": mask["counts"]} for mask in self.masks]
         if self.keypoints is not None:
             shifted = self.keypoints - np.array([0.5, 0.5, 0], np.float32)
             columns["keypoints"] = shifted.reshape(len(self), -1).tolist()
@@ -303,10 +330,10 @@ class Detections:
             raise InvalidArgumentError("rotated boxes have no place in supervision's Detections; use boxes", value=self.boxes)
         compact = None
         if self.masks is not None:
-            # Around each mask rather than its box: a mask may reach a pixel further, and both ends count.
-            x, y, width, height = np.array([rle_masks.bounding_box(mask) for mask in self.masks] or np.empty((0, 4))).T
-            around = np.stack([x, y, np.maximum(x, x + width - 1), np.maximum(y, y + height - 1)], axis=1)
-            compact = sv.CompactMask.from_coco_rle(self.masks, around, self.image_size)
+            crops = [rle_masks.crop(mask) for mask in self.masks]
+            corners = np.array([each[:2] for each in crops], np.int32).reshape(-1, 2)
+            shapes = np.array([each[3:1:-1] for each in crops], np.int32).reshape(-1, 2)
+            compact = sv.CompactMask([each[4].astype(np.int32) for each in crops], shapes, corners, self.image_size)
         return sv.Detections(
             xyxy=self.boxes.copy(),
             mask=compact,
@@ -348,34 +375,14 @@ def _set(target: object, name: str, value: object) -> None:
     object.__setattr__(target, name, value)
 
 
-def _array(name: str, value: Any, dtype: type[np.generic], shape: tuple[int | None, ...]) -> NDArray[Any]:
-    """The value as a read-only array, or an error that names it; a caller's array stays writable."""
-    try:
-        array = np.asarray(value)
-        if not np.can_cast(array.dtype, dtype, "same_kind") and array.size:
-            raise TypeError(f"cannot be {np.dtype(dtype)} without loss")
-        array = np.ascontiguousarray(array, dtype=dtype).view()
-    except (TypeError, ValueError) as exc:
-        raise InvalidArgumentError(f"{name}: {exc}", value=value) from exc
-    if array.size == 0 and None not in shape and 0 in shape:
-        array = array.reshape([each or 0 for each in shape])
-    if array.ndim != len(shape) or any(due is not None and due != got for due, got in zip(shape, array.shape, strict=True)):
-        due = tuple("any" if each is None else each for each in shape)
-        raise InvalidArgumentError(f"{name} has the shape {array.shape}; it should be {due}", value=array.shape)
-    if dtype is np.float32 and not np.isfinite(array).all():
-        raise InvalidArgumentError(f"{name} holds a number that is not finite", value=name)
-    array.flags.writeable = False
-    return array
-
-
-def _image_size(value: Any) -> tuple[int, int]:
-    try:
-        height, width = (int(each) for each in value)
-    except (TypeError, ValueError) as exc:
-        raise InvalidArgumentError(f"image_size is {value!r}; give height and width", value=value) from exc
-    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        raise InvalidArgumentError(f"image_size is {value!r}; each side is from 1 to {MAX_SIDE} pixels", value=value)
-    return height, width
+def _check_panoptic(panoptic: Any, count: int, size: tuple[int, int]) -> None:
+    if not isinstance(panoptic, PanopticSegmentation):
+        raise InvalidArgumentError(f"panoptic is a {type(panoptic).__name__}; give a PanopticSegmentation", value=panoptic)
+    if panoptic.ids.shape != size:
+        raise InvalidArgumentError(f"panoptic.ids is {panoptic.ids.shape}; the image is {size}", value=panoptic.ids.shape)
+    for segment in panoptic.segments:
+        if segment.detection is not None and segment.detection >= count:
+            raise InvalidArgumentError(f"panoptic: {segment} is of none of {count} detections", value=segment.detection)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -386,89 +393,9 @@ def _same(one: Any, other: Any) -> bool:
 
 def _relinked(panoptic: PanopticSegmentation, chosen: NDArray[np.int64]) -> PanopticSegmentation:
     """The same segmentation, its segments pointing at detections as they are counted now."""
-    from dataclasses import replace
-
-    place = {int(old): new for new, old in enumerate(chosen)}
+    place = {old: new for new, old in reversed([*enumerate(chosen.tolist())])}  # the first of one chosen twice
     segments = [
         segment if segment.detection is None else replace(segment, detection=place.get(segment.detection))
         for segment in panoptic.segments
     ]
     return PanopticSegmentation(panoptic.ids, tuple(segments))
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
-
-
-def _png(pixels: NDArray[Any]) -> bytes:
-    """An (H, W) uint8 or int16 or an (H, W, 3) uint8 array as PNG; int16 as if it were uint16."""
-    from PIL import Image
-
-    pixels = np.ascontiguousarray(pixels)
-    if pixels.dtype == np.int16:
-        pixels = pixels.view(np.uint16)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _pixels(png: str, size: tuple[int, int], mode: str) -> NDArray[Any]:
-    """The pixels of a PNG in base64, which must be of that size and mode; nothing is decoded before that is known."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(png, validate=True)), formats=("PNG",)) as image:
-            if image.size == size[::-1] and image.mode == mode:
-                return np.asarray(image)
-            found = f"{image.mode} of {image.size}"
-    except Exception as exc:  # Pillow fails in many ways
-        raise InvalidArgumentError(f"a map is no PNG: {exc}") from exc
-    raise InvalidArgumentError(f"a map is a PNG with {found}, not {mode} of {size[::-1]}", value=found)
-
-
-def _from_content(content: Mapping[str, Any]) -> Detections:
-    """`Detections` from parsed JSON of unknown origin."""
-    if not isinstance(content, dict):
-        raise InvalidArgumentError(f"this is a {type(content).__name__}, not an object with the attributes of Detections")
-    if unknown := content.keys() - {each.name for each in fields(Detections)}:
-        raise InvalidArgumentError(f"unknown attributes: {', '.join(sorted(unknown))}", value=sorted(unknown))
-    size = _image_size(content["image_size"])
-
-    def optional(name: str, read: Callable[[Any], Any]) -> Any:
-        return None if content.get(name) is None else read(content[name])
-
-    def checked_masks(given: Any) -> list[RLE]:
-        for mask in given:
-            rle_masks.check(mask, size)
-        return [RLE(size=list(size), counts=mask["counts"]) for mask in given]
-
-    def semantic(given: Any) -> NDArray[Any]:
-        if given["dtype"] not in VOID:
-            raise InvalidArgumentError(f"semantic.dtype is {given['dtype']!r}; it is one of {', '.join(VOID)}")
-        pixels = _pixels(given["png"], size, "L" if given["dtype"] == "uint8" else "I;16")
-        return np.ascontiguousarray(pixels).view(given["dtype"])
-
-    def panoptic(given: Any) -> PanopticSegmentation:
-        red, green, blue = np.moveaxis(_pixels(given["png"], size, "RGB").astype(np.int32), 2, 0)
-        return PanopticSegmentation(red + (green << 8) + (blue << 16), tuple(Segment(**each) for each in given["segments"]))
-
-    return Detections(
-        image_size=size,
-        boxes=_numbers(content["boxes"], np.float32),
-        scores=_numbers(content["scores"], np.float32),
-        class_ids=_numbers(content["class_ids"], np.int64),
-        class_names=tuple(content["class_names"]),
-        masks=optional("masks", checked_masks),
-        keypoints=optional("keypoints", lambda given: _numbers(given, np.float32)),
-        panoptic=optional("panoptic", panoptic),
-        semantic=optional("semantic", semantic),
-        category_ids=optional("category_ids", lambda given: _numbers(given, np.int64)),
-    )
-
-
-def _numbers(given: Any, dtype: type[np.generic]) -> NDArray[Any]:
-    """Nested lists of JSON numbers as an array; integers must be integers."""
-    array = np.array(given)
-    if not (array.size == 0 or array.dtype.kind == "i" or (array.dtype.kind == "f" and dtype is np.float32)):
-        raise InvalidArgumentError(f"{given!r:.60} should be numbers of {np.dtype(dtype)}")
-    return array.astype(dtype)

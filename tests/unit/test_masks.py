@@ -416,3 +416,16 @@ def test_a_polygon_runs_along_the_pixels_edges_and_is_plain_floats():
 
 def test_an_empty_mask_has_no_polygons():
     assert masks.to_polygons(masks.encode(np.zeros((4, 5), np.bool_))) == []
+
+
+@given(BITMAPS)
+@settings(deadline=None, max_examples=200)
+def test_crop_is_the_mask_in_its_tight_box(bitmap):
+    x, y, width, height, runs = masks.crop(masks.encode(bitmap))
+    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    whole = np.zeros_like(bitmap)
+    whole[y : y + height, x : x + width] = inside
+    assert np.array_equal(whole, bitmap)
+    assert (runs[1:-1] > 0).all()
+    if bitmap.any():
+        assert (x, y, width, height) == masks.bounding_box(masks.encode(bitmap))

@@ -31,8 +31,9 @@ def test_tests_run_against_the_installed_wheel():
 def test_bentoml_has_the_same_objects():
     import bentoml
 
-    for name in ("ModelOptions", "get", "get_runnable", "load_model", "save_model"):
+    for name in bentoml_detectron.__all__:
         assert getattr(bentoml.detectron, name) is getattr(bentoml_detectron, name)
+    assert dir(bentoml.detectron) == sorted(bentoml_detectron.__all__)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,9 @@ def test_bentoml_has_the_same_objects():
     [
         ("import bentoml_detectron", ["torch", "detectron2", "bentoml", "numpy", "pydantic"]),
         ("import bentoml; bentoml.detectron.get", ["torch", "detectron2"]),
+        ("import bentoml; bentoml.detectron.load_predictor; bentoml.detectron.verify", ["torch", "detectron2"]),
+        ("import bentoml_detectron; bentoml_detectron.Detections", ["torch", "detectron2"]),
+        ("import bentoml_detectron; bentoml_detectron.draw; bentoml_detectron.Limits", ["torch", "detectron2"]),
         ("import bentoml_detectron.cli", ["torch", "detectron2"]),
     ],
 )

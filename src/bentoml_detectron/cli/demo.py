@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from bentoml_detectron.errors import InvalidArgumentError
 
-if TYPE_CHECKING:
-    import numpy as np
-
 SCORE_THRESHOLD = 0.6
+SCALE = 4
 
 
 @click.command("demo")
@@ -26,58 +23,24 @@ def command(output: Path, image: int) -> None:
     Example:
       bentoml detectron demo --image 7 --output digits.png
     """
-    import numpy as np
     from PIL import Image
 
-    from bentoml_detectron import demo, load_model, save_model
+    from bentoml_detectron import demo, draw, load_predictor, masks, save_model
 
     saved = save_model("digits-demo", demo.predictor())
     click.echo(f"Saved {saved.tag}")
     path = demo.images()[image]
-    pixels = np.asarray(Image.open(path).convert("RGB"))[:, :, ::-1]
-    instances = load_model(saved.tag)(pixels)["instances"].to("cpu")
-    instances = instances[instances.scores >= SCORE_THRESHOLD]
-    click.echo(f"Loaded it back, and found {len(instances)} digits in {path.name}:\n")
+    small = Image.open(path).convert("RGB")
+    # As large as looks good; the model scales it back to its own size.
+    picture = small.resize((small.width * SCALE, small.height * SCALE), Image.Resampling.BICUBIC)
+    found = load_predictor(saved)([picture], score_threshold=SCORE_THRESHOLD)[0]
+    click.echo(f"Loaded it back, and found {len(found)} digits in {path.name}:\n")
     click.echo(f"{'digit':<7}{'score':>6}   {'box (x0, y0, x1, y1)':<28}{'pixels':>7}")
-    for box, score, label, mask in _rows(instances):
+    for name, score, box, mask in zip(found.class_names, found.scores, found.boxes, found.masks or [], strict=True):
         corners = ", ".join(f"{value:.0f}" for value in box)
-        click.echo(f"{demo.CLASSES[label]:<7}{score:>6.2f}   {corners:<28}{int(mask.sum()):>7}")
+        click.echo(f"{name:<7}{score:>6.2f}   {corners:<28}{masks.area(mask):>7}")
     try:
-        _draw(pixels, instances, demo.CLASSES).save(output)
+        Image.fromarray(draw(picture, found)[:, :, ::-1]).save(output)
     except OSError as exc:
         raise InvalidArgumentError(f"cannot write {output}: {exc}; give another --output", value=str(output)) from exc
     click.echo(f"\nWrote {output}")
-
-
-def _rows(instances: Any) -> zip[tuple[Any, ...]]:
-    return zip(
-        instances.pred_boxes.tensor.numpy(), instances.scores.tolist(), instances.pred_classes.tolist(),
-        instances.pred_masks.numpy(), strict=True,
-    )  # fmt: skip
-
-
-def _draw(pixels: np.ndarray[Any, Any], instances: Any, classes: tuple[str, ...]) -> Any:
-    """The picture, four times as large, with boxes, masks and labels; `pixels` are BGR."""
-    try:
-        import supervision as sv
-    except ModuleNotFoundError as exc:
-        from bentoml.exceptions import MissingDependencyException
-
-        raise MissingDependencyException("drawing needs supervision: pip install 'bentoml-detectron[draw]'") from exc
-    import numpy as np
-    from PIL import Image
-
-    scale = 4
-    scene = Image.fromarray(np.ascontiguousarray(pixels[:, :, ::-1])).resize(
-        (pixels.shape[1] * scale, pixels.shape[0] * scale), Image.Resampling.BICUBIC
-    )
-    detections = sv.Detections(
-        xyxy=instances.pred_boxes.tensor.numpy() * scale,
-        mask=instances.pred_masks.numpy().repeat(scale, 1).repeat(scale, 2),
-        confidence=instances.scores.numpy(),
-        class_id=instances.pred_classes.numpy(),
-    )
-    labels = [f"{classes[label]} {score:.2f}" for _, score, label, _ in _rows(instances)]
-    scene = sv.MaskAnnotator().annotate(scene, detections)
-    scene = sv.BoxAnnotator().annotate(scene, detections)
-    return sv.LabelAnnotator(text_color=sv.Color.BLACK).annotate(scene, detections, labels)
