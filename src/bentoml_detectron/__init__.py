@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bentoml_detectron.predictor import Predictor
     from bentoml_detectron.results import Detections, PanopticSegmentation
     from bentoml_detectron.runnable import ModelOptions, get_runnable
+    from bentoml_detectron.service import Settings, get_service
     from bentoml_detectron.store import get, load_model, load_predictor, save_model
     from bentoml_detectron.verification import VerifyReport, verify
 
@@ -23,11 +24,13 @@ __all__ = [
     "ModelOptions",
     "PanopticSegmentation",
     "Predictor",
+    "Settings",
     "VerifyReport",
     "draw",
     "errors",
     "get",
     "get_runnable",
+    "get_service",
     "load_model",
     "load_predictor",
     "save_model",
@@ -41,10 +44,12 @@ _HOME = {
     "ModelOptions": "runnable",
     "PanopticSegmentation": "results",
     "Predictor": "predictor",
+    "Settings": "service",
     "VerifyReport": "verification",
     "draw": "drawing",
     "get": "store",
     "get_runnable": "runnable",
+    "get_service": "service",
     "load_model": "store",
     "load_predictor": "store",
     "save_model": "store",

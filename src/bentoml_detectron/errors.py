@@ -5,6 +5,7 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
     DetectronError                  BentoMLException
     ├── InvalidArgumentError        InvalidArgument (400), ValueError
     │   ├── UnknownDeviceError
+    │   ├── RequestError            an HTTP request that cannot be understood; it carries its status
     │   └── ImageError              an image of the call cannot be used
     │       ├── UnsupportedImageError   its format or colour mode is none that is taken (415)
     │       ├── DamagedImageError       it is cut short or damaged
@@ -13,6 +14,8 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
     ├── DependencyMissingError      MissingDependencyException
     │   └── DetectronMissingError
     ├── OutOfMemoryError            ServiceUnavailable (503)
+    ├── OverloadedError             ServiceUnavailable (503)
+    ├── NotReadyError               ServiceUnavailable (503)
     ├── InvalidModelError           a saved model that cannot be used
     │   ├── CorruptFileError        a file is damaged or missing
     │   ├── UnsafeFileError         a file holds what no saved model should
@@ -44,7 +47,10 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidModelError",
     "ModelNotFoundError",
+    "NotReadyError",
     "OutOfMemoryError",
+    "OverloadedError",
+    "RequestError",
     "SaveError",
     "UnknownDeviceError",
     "UnknownEntryError",
@@ -78,6 +84,18 @@ class InvalidArgumentError(DetectronError, InvalidArgument, ValueError):
 
 class UnknownDeviceError(InvalidArgumentError):
     """PyTorch has no such device here."""
+
+
+class RequestError(InvalidArgumentError):
+    """An HTTP request cannot be understood.
+
+    Attributes:
+        error_code: The HTTP status that says how.
+    """
+
+    def __init__(self, message: str, *, status: HTTPStatus = HTTPStatus.BAD_REQUEST, value: Any = None) -> None:
+        super().__init__(message, value=value)
+        self.error_code = status
 
 
 class ImageError(InvalidArgumentError):
@@ -124,6 +142,14 @@ class DetectronMissingError(DependencyMissingError):
 
 class OutOfMemoryError(DetectronError, ServiceUnavailable):
     """One image takes more memory than there is."""
+
+
+class OverloadedError(DetectronError, ServiceUnavailable):
+    """A service has more requests waiting than it takes."""
+
+
+class NotReadyError(DetectronError, ServiceUnavailable):
+    """A service's model is not loaded yet, or the service is shutting down."""
 
 
 class InvalidModelError(DetectronError):

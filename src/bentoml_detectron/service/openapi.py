@@ -1,0 +1,115 @@
+"""The service's OpenAPI 3.1 document, whose schemas are those that the answers are held to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bentoml_detectron import __version__
+from bentoml_detectron.options import MAX_TOP_K
+
+_SCHEMA = "detections.schema.json"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of `Detections.to_json`, published as ``docs/detections.schema.json``."""
+    package = Path(__file__).parent.parent
+    path = package / _SCHEMA
+    if not path.is_file():  # an editable install
+        path = package.parent.parent / "docs" / _SCHEMA
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def document(name: str) -> dict[str, Any]:
+    """The document of a service of that name."""
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    detections = {"application/json": {"schema": {"$ref": "#/components/schemas/Detections"}}}
+    found = schema()
+    definitions = found.pop("$defs", {})
+    found.pop("$schema", None)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": name, "version": __version__, "description": "A Detectron2 model, served by bentoml-detectron."},
+        "servers": [{"url": "/"}],
+        "paths": {
+            "/predict": {"post": _call("predict", "What the model finds on an image", detections, error)},
+            "/render": {"post": _call("render", "The image with what was found drawn on it", {"image/jpeg": {}}, error)},
+            "/info": {
+                "get": {
+                    "operationId": "info",
+                    "summary": "What the model is",
+                    "responses": {
+                        "200": {"description": "The model", "content": {"application/json": {"schema": {"type": "object"}}}},
+                        **_errors(error, "401", "503"),
+                    },
+                }
+            },
+        },
+        "components": {
+            "schemas": {
+                "Detections": _moved(found),
+                "Error": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {"error": {"type": "string", "description": "What is wrong, and what to do"}},
+                },
+                **{key: _moved(value) for key, value in definitions.items()},
+            },
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"bearer": []}],
+    }
+
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "score_threshold": {"type": "number", "minimum": 0, "maximum": 1, "description": "What scores above it is given"},
+    "classes": {"type": "array", "items": {"type": "string"}, "description": "Names or ids of the classes that are given"},
+    "top_k": {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "description": "At most so many, the best"},
+    "masks": {"enum": ["rle", "polygon", "none"], "default": "rle", "description": "How masks are spelled"},
+}
+_STATUSES = {
+    "400": "The request or the image is malformed, or a field is out of range",
+    "401": "The token is missing or wrong",
+    "408": "The body took too long to arrive",
+    "413": "The body or the image is too large",
+    "415": "Neither a form nor an image of a format that is taken",
+    "503": "Too many requests wait, or the model is not loaded; ask again after Retry-After seconds",
+}
+
+
+def _call(operation: str, summary: str, answer: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    image = {"type": "string", "contentMediaType": "application/octet-stream", "description": "JPEG, PNG, WebP or BMP"}
+    form = {"type": "object", "required": ["image"], "properties": {"image": image, **_FIELDS}, "additionalProperties": False}
+    return {
+        "operationId": operation,
+        "summary": summary,
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "schema": field, "description": "For images sent as the body"}
+            for name, field in _FIELDS.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": form},
+                **{f"image/{kind}": {"schema": {}} for kind in ("jpeg", "png", "webp", "bmp")},
+                "application/octet-stream": {"schema": {}},
+            },
+        },
+        "responses": {"200": {"description": summary, "content": answer}, **_errors(error, *_STATUSES)},
+    }
+
+
+def _errors(error: dict[str, Any], *statuses: str) -> dict[str, Any]:
+    return {status: {"description": _STATUSES[status], "content": error} for status in statuses}
+
+
+def _moved(value: Any) -> Any:
+    """The same schema, its definitions among the document's components."""
+    if isinstance(value, dict):
+        return {
+            key: item.replace("#/$defs/", "#/components/schemas/") if key == "$ref" else _moved(item)
+            for key, item in value.items()
+        }
+    return [_moved(item) for item in value] if isinstance(value, list) else value
