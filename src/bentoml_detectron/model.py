@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -122,7 +124,8 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
             return lazy_build.build(plain, tuples, trusted=lazy_build.targets(plain))
         return build_model(_without_weights(config.from_plain(plain, tuples), torch.device("cpu")))
 
-    rebuilt: nn.Module = _build(build, math.inf)
+    with own_random_numbers(torch.device("cpu")):
+        rebuilt: nn.Module = _build(build, math.inf)
     state = module.state_dict()
     weights.check(
         state, rebuilt, "the module's weights are not those that its config asks for; save it with the config "
@@ -130,6 +133,24 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
     )  # fmt: skip
     weights.assign(state, rebuilt)
     return rebuilt.eval().to(device_of(module))
+
+
+@contextmanager
+def own_random_numbers(device: torch.device) -> Iterator[None]:
+    """The same random numbers each time, on the CPU and this device, and the caller's own afterwards."""
+    numbers, states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed other devices too
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
+            yield
+        finally:
+            random.setstate(numbers)
+            np.random.set_state(states)
 
 
 def device_of(module: nn.Module) -> torch.device:

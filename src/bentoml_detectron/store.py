@@ -256,9 +256,9 @@ def save_model(
         content.mkdir()
         with (content / RECORD).open("w", encoding="utf-8") as file:
             info.dump(file)
+        carried = code.write(content, external_modules or [])
         _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, external_modules or [])
         folder.write_parts(content, module, description.plain)
-        carried = code.write(content, external_modules or [])
         folder.seal(content, description, is_predictor=is_predictor, external_modules=carried, self_test=tested)
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
     return get(info.tag)
@@ -278,7 +278,7 @@ def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) 
         logger.warning("no self-test is recorded: the model does not run on an image alone (%s: %s)", type(exc).__name__, exc)
         return None
     try:
-        problems = selftest.compare(due, selftest.record(rebuilt, description.input, description.dataset))
+        _, problems = selftest.check(due, rebuilt, description.input, description.dataset)
     except Exception as exc:
         raise InvalidModelError(f"what the config builds fails where the module does not: {exc!r}") from exc
     if problems:

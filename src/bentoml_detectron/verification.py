@@ -11,7 +11,7 @@ from bentoml import Model, Tag
 
 from bentoml_detectron import store
 from bentoml_detectron.artifact import files, manifest
-from bentoml_detectron.errors import CorruptFileError, DetectronError, UnknownDeviceError
+from bentoml_detectron.errors import DetectronError, InvalidModelError, UnknownDeviceError
 
 if TYPE_CHECKING:
     from bentoml_detectron.artifact.folder import SavedModel
@@ -64,6 +64,7 @@ def verify(
 
     Raises:
         ModelNotFoundError: (``bentoml.exceptions.NotFound``) There is no such model, or another framework saved it.
+        InvalidArgumentError: (``ValueError``) `bento_model` is no tag.
         UnknownDeviceError: (``ValueError``) PyTorch has no such device here.
     """
     from bentoml_detectron.model import check_device
@@ -74,21 +75,23 @@ def verify(
     identical: bool | None = None
     try:
         model = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
-    except CorruptFileError as exc:
-        return VerifyReport(str(bento_model), (str(exc),), (), None)
+    except InvalidModelError as exc:
+        return VerifyReport(str(bento_model), (_line(exc),), (), None)
     try:
-        if model.info.api_version == "v1":
-            notes.append("BentoML's own adapter saved this model: there are no digests and no self-test to compare with")
-        else:
+        if model.info.api_version != "v1" or (Path(model.path) / manifest.MANIFEST).exists():
             problems += _file_problems(Path(model.path))
         saved = store.open_model(model, trust_remote_code=trust_remote_code, trusted=trusted)
-        notes += _versions(saved)
+        notes += _notes(saved)
         identical = _self_test(saved, device_id, problems, notes)
     except UnknownDeviceError:
         raise
     except DetectronError as exc:
-        problems.append(str(exc))
+        problems.append(_line(exc))
     return VerifyReport(str(model.tag), tuple(dict.fromkeys(problems)), tuple(notes), identical)
+
+
+def _line(exc: Exception) -> str:
+    return " ".join(str(exc).split())
 
 
 def _file_problems(folder: Path) -> Iterator[str]:
@@ -98,27 +101,29 @@ def _file_problems(folder: Path) -> Iterator[str]:
             if files.size(folder, name) != due.size or files.digests(folder, name)[0] != due.sha256:
                 yield f"{name} is not what was saved: its SHA-256 is not {due.sha256}"
         except DetectronError as exc:
-            yield str(exc)
+            yield _line(exc)
     for path in sorted(folder.iterdir()):
         if path.name not in content.files and path.name != manifest.MANIFEST:
             yield f"{path.name} is not a file of this model; somebody put it there"
 
 
-def _versions(saved: SavedModel) -> Iterator[str]:
+def _notes(saved: SavedModel) -> Iterator[str]:
     from bentoml_detectron.artifact import folder
 
-    if saved.manifest is not None:
-        here = folder.versions()
-        for name, version in saved.manifest.versions.items():
-            if here.get(name) != version:
-                yield f"{name} is {here.get(name, 'absent')}; the model was saved with {version}"
+    if saved.manifest is None:
+        yield "BentoML's own adapter saved this model: there are no digests and no self-test to compare with"
+        return
+    here = folder.versions()
+    for name, version in saved.manifest.versions.items():
+        if here.get(name) != version:
+            yield f"{name} is {here.get(name, 'absent')}; the model was saved with {version}"
 
 
 def _self_test(saved: SavedModel, device_id: str, problems: list[str], notes: list[str]) -> bool | None:
     """Loads the model, which checks that weights and config fit, and compares what it finds; whether that is identical."""
     from bentoml_detectron import model, selftest
 
-    built = model.load(saved, device_id)
+    module = model.module_of(model.load(saved, device_id))
     if saved.manifest is None:
         return None
     if saved.manifest.input != saved.input:
@@ -127,8 +132,9 @@ def _self_test(saved: SavedModel, device_id: str, problems: list[str], notes: li
     if due is None:
         notes.append("no self-test was recorded when the model was saved")
         return None
+    other_versions = bool(notes)
     try:
-        got = selftest.record(model.module_of(built), saved.input, saved.dataset)
+        got, found = selftest.check(due, module, saved.input, saved.dataset, other_versions=other_versions)
     except DetectronError:
         raise
     except Exception as exc:  # whatever the model raises
@@ -136,5 +142,5 @@ def _self_test(saved: SavedModel, device_id: str, problems: list[str], notes: li
         return None
     if got.device != due.device:
         notes.append(f"the self-test ran on {got.device}; when the model was saved, on {due.device}")
-    problems += selftest.compare(due, got)
+    problems += found
     return (got.detections, got.tensors) == (due.detections, due.tensors)

@@ -1,29 +1,36 @@
 """``external_modules.zip``: source of the modules that a model needs and no distribution has, and its import.
 
-Nothing of it is imported unless the caller trusts the model's code, and says so.
+Nothing of it is imported unless the caller trusts the model's code, and says so. It is read once, checked, and imported from
+memory: what another process does to the file later, and Python's own memory of archives, have no part in it.
 """
 
 from __future__ import annotations
 
-import re
+import io
 import sys
 import threading
+import warnings
 import zipfile
-import zipimport
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
+from importlib.abc import MetaPathFinder, SourceLoader
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 from bentoml_detectron.artifact import files
-from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError
+from bentoml_detectron.errors import CorruptFileError, InvalidArgumentError, InvalidModelError
 
 ARCHIVE = "external_modules.zip"
 MAX_BYTES = 16 << 20
 """Most source that a model brings along; more is a distribution to install."""
 _DATE = (1980, 1, 1, 0, 0, 0)  # zip's first: the same source is the same archive
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*\Z")
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+Sources = Mapping[str, bytes]
+"""Source files of one top-level package or module, by their names inside the archive: ``pkg/heads.py``."""
 
 
 def write(folder: Path, modules: Sequence[ModuleType]) -> list[str]:
@@ -38,92 +45,196 @@ def write(folder: Path, modules: Sequence[ModuleType]) -> list[str]:
     names = sorted({_checked(module) for module in modules})
     if not names:
         return []
-    left = MAX_BYTES
+    sources: dict[str, bytes] = {}
+    for top in sorted({_top(name) for name in names}):
+        sources.update(_sources(top))
+    if sum(map(len, sources.values())) > MAX_BYTES:
+        raise InvalidArgumentError(
+            f"the source of {', '.join(names)} is larger than {MAX_BYTES:,} bytes; install it as a distribution instead and "
+            "load the model with trusted=[...]",
+            value=names,
+        )
     with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
-        for top in sorted({name.partition(".")[0] for name in names}):
-            for path, inside in _sources(top):
-                text = path.read_bytes()
-                left -= len(text)
-                if left < 0:
-                    raise InvalidArgumentError(
-                        f"the source of {top!r} is larger than {MAX_BYTES:,} bytes; install it as a distribution instead and "
-                        "load the model with trusted=[...]",
-                        value=top,
-                    )
-                archive.writestr(zipfile.ZipInfo(inside, _DATE), text, zipfile.ZIP_DEFLATED)
+        for inside, text in sources.items():
+            archive.writestr(zipfile.ZipInfo(inside, _DATE), text, zipfile.ZIP_DEFLATED)
     return names
+
+
+def _top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _is_name(name: str) -> bool:
+    return name.isascii() and all(part.isidentifier() for part in name.split("."))
 
 
 def _checked(module: object) -> str:
     name = getattr(module, "__name__", None)
     if not isinstance(module, ModuleType) or not isinstance(name, str):
         raise InvalidArgumentError(f"external_modules holds {module!r}; give modules, as imported", value=module)
-    if name == "__main__" or not _NAME.match(name):
+    if name in ("__main__", "__mp_main__") or not _is_name(name):
         raise InvalidArgumentError(
             f"external_modules holds {name}, which another process cannot import; put the code into a module of its own",
             value=name,
         )
+    if _top(name) in sys.stdlib_module_names:
+        raise InvalidArgumentError(f"external_modules holds {name}, which every Python has; leave it out", value=name)
     return name
 
 
-def _sources(top: str) -> Iterator[tuple[Path, str]]:
-    """Source files of an imported top-level package or module, and their names inside the archive."""
-    file = getattr(sys.modules.get(top), "__file__", None)
+def _sources(top: str) -> dict[str, bytes]:
+    """Source files of an imported top-level package or module.
+
+    Raises:
+        InvalidArgumentError: It has none, or part of it has none.
+    """
+    module = sys.modules.get(top)
+    if isinstance(loader := getattr(module, "__loader__", None), _Loader):
+        return dict(loader.sources)
+    file = getattr(module, "__file__", None)
     if file is None or not file.endswith(".py") or not Path(file).is_file():
-        raise InvalidArgumentError(f"the module {top!r} has no source file to bring along", value=top)
+        what = "is a folder without __init__.py" if hasattr(module, "__path__") and file is None else "is no .py file"
+        raise InvalidArgumentError(f"the module {top!r} has no source file to bring along: it {what}", value=top)
     path = Path(file)
     if path.name != "__init__.py":
-        yield path, f"{top}.py"
-        return
-    for each in sorted(path.parent.rglob("*.py")):
-        yield each, f"{top}/{each.relative_to(path.parent).as_posix()}"
+        return {f"{top}.py": path.read_bytes()}
+    for name, part in sorted(sys.modules.items()):
+        inner = getattr(part, "__file__", None)
+        if name.startswith(f"{top}.") and inner is not None and not inner.endswith(".py"):
+            raise InvalidArgumentError(
+                f"{name} is compiled ({inner}), and a model brings only source along; install {top!r} as a distribution and "
+                "load the model with trusted=[...]",
+                value=name,
+            )
+    relative = [each.relative_to(path.parent) for each in sorted(path.parent.rglob("*.py"))]
+    # Folders such as .ipynb_checkpoints hold nothing that can be imported.
+    inside = [each for each in relative if all(part.isidentifier() for part in each.with_suffix("").parts)]
+    return {f"{top}/{each.as_posix()}": (path.parent / each).read_bytes() for each in inside}
 
 
 def load(folder: Path, names: Sequence[str]) -> None:
     """Imports the modules that a model brings along; the caller has said that the code is trusted.
 
-    A module that this process has already is left as it is: it is the caller's own.
+    A module that this process has already is left as it is: it is the caller's own. Where its source is another, a warning says
+    so.
 
     Raises:
+        CorruptFileError: The archive cannot be read.
         InvalidModelError: They cannot be imported, or another model brought other modules of these names into this process.
     """
-    path = str(folder / ARCHIVE)
+    sources = _read(folder)
+    tops = {_top(name) for name in names}
+    offered = {
+        top: _Loader(
+            str(folder / ARCHIVE),
+            {name: text for name, text in sources.items() if name.partition("/")[0] in (top, f"{top}.py")},
+        )
+        for top in tops
+    }
     with _lock:
-        sys.path.insert(0, path)
+        for top, loader in offered.items():
+            if top in sys.modules:
+                _check_present(folder, top, loader.sources)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+        before, _finder.offered = _finder.offered, {**_finder.offered, **offered}
         try:
             for name in names:
-                _refuse_others(folder, name.partition(".")[0])
                 import_module(name)
-        except InvalidModelError:
-            raise
         except Exception as exc:  # it is code: anything can happen
             raise InvalidModelError(
                 f"importing {name}, which the model in {folder} brings along, failed: {exc!r}", file=ARCHIVE, value=name
             ) from exc
         finally:
-            sys.path.remove(path)
+            _finder.offered = before
 
 
-def _refuse_others(folder: Path, top: str) -> None:
-    loader = getattr(sys.modules.get(top), "__loader__", None)
-    if not isinstance(loader, zipimport.zipimporter):
+def _read(folder: Path) -> dict[str, bytes]:
+    """The archive's source files by name; it may say anything, and nothing in it is imported for being there."""
+    content = files.read_small(folder, ARCHIVE, MAX_BYTES + (1 << 20))
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > MAX_BYTES:
+                raise ValueError(f"it holds more than {MAX_BYTES:,} bytes")
+            return {member.filename: archive.read(member) for member in members}
+    except Exception as exc:  # a damaged archive fails in whatever way its bytes lead to
+        raise CorruptFileError(f"{ARCHIVE} in {folder} cannot be read: {exc!r}", file=ARCHIVE) from exc
+
+
+def _check_present(folder: Path, top: str, sources: Sources) -> None:
+    """Compares a module that this process has with the one that a model brings along.
+
+    Raises:
+        InvalidModelError: Another model brought it, and it is another.
+    """
+    present: Sources = {}
+    with suppress(InvalidArgumentError, OSError):
+        present = _sources(top)
+    if present == sources:
         return
-    archive = Path(loader.archive)
-    if archive.name == ARCHIVE and files.checksum(archive.parent, ARCHIVE) != files.checksum(folder, ARCHIVE):
+    loader = getattr(sys.modules[top], "__loader__", None)
+    if isinstance(loader, _Loader):
         raise InvalidModelError(
-            f"the model in {folder} brings another {top!r} along than the model in {archive.parent}, which this process has "
+            f"the model in {folder} brings another {top!r} along than the model of {loader.archive}, which this process has "
             "loaded; load one of them in a process of its own",
             file=ARCHIVE,
             value=top,
         )
+    warnings.warn(
+        f"this process has imported another {top!r} than the one that the model in {folder} brings along; the imported one is "
+        "used. verify() tells whether the model still finds the same",
+        stacklevel=6,  # the caller of load_model
+    )
+
+
+class _Loader(SourceLoader):
+    """Loads the modules of one top-level package from source in memory."""
+
+    def __init__(self, archive: str, sources: Sources) -> None:
+        self.archive, self.sources = archive, sources
+
+    def get_filename(self, fullname: str) -> str:
+        path = fullname.replace(".", "/")
+        for inside in (f"{path}/__init__.py", f"{path}.py"):
+            if inside in self.sources:
+                return f"{self.archive}/{inside}"
+        raise ImportError(f"{self.archive} has no {fullname}", name=fullname)
+
+    def get_data(self, path: str | bytes) -> bytes:
+        try:
+            return self.sources[str(path).removeprefix(f"{self.archive}/")]
+        except KeyError:
+            raise OSError(f"{path!r} is not among the source that the model brought along") from None
+
+
+class _Finder(MetaPathFinder):
+    """Finds what a model brings along: its packages while `load` imports them, and what is inside them at any time."""
+
+    def __init__(self) -> None:
+        self.offered: Mapping[str, _Loader] = {}
+
+    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        top = _top(fullname)
+        loader = self.offered.get(top) if fullname == top else getattr(sys.modules.get(top), "__loader__", None)
+        if not isinstance(loader, _Loader):
+            return None
+        try:
+            filename = loader.get_filename(fullname)
+        except ImportError:
+            return None
+        return spec_from_file_location(fullname, filename, loader=loader)
+
+
+_finder = _Finder()
 
 
 def check_names(names: Sequence[str]) -> None:
     """Checks names that a manifest gives.
 
     Raises:
-        InvalidModelError: One is no module's name.
+        InvalidModelError: One is no module's name, or one of Python's own.
     """
     for name in names:
-        if not _NAME.match(name):
-            raise InvalidModelError(f"{name!r} is no name of a module", file=ARCHIVE, value=name)
+        if not _is_name(name) or _top(name) in sys.stdlib_module_names:
+            raise InvalidModelError(f"{name!r} is no name of a module that a model could bring along", file=ARCHIVE, value=name)

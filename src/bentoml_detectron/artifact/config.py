@@ -225,7 +225,7 @@ def import_entries(entries: list[Entry], trusted: Sequence[str] = (), carried: S
             continue
         if any(registry._name == entry.registry and entry.name in registry for registry in _registries()):
             continue  # from another place
-        if is_trusted(entry.module, [name.partition(".")[0] for name in carried]):
+        if is_trusted(entry.module, [name.partition(".")[0] for name in carried]) and not is_trusted(entry.module, trusted):
             raise UntrustedCodeError(
                 f"the model needs {entry.name!r} of the registry {entry.registry}, defined in {entry.module}, which it brings "
                 "along; if you trust who made the model, load it with trust_remote_code=True",
@@ -239,9 +239,9 @@ def import_entries(entries: list[Entry], trusted: Sequence[str] = (), carried: S
             )
         try:
             import_module(entry.module)
-        except ImportError as exc:
+        except Exception as exc:  # it is code: anything can happen
             raise UnknownEntryError(
                 f"the model needs {entry.name!r} of the registry {entry.registry}, defined in {entry.module}; importing it "
-                f"failed, {exc}",
+                f"failed: {exc!r}",
                 value=entry.module,
             ) from exc

@@ -179,6 +179,12 @@ def open_saved(folder: Path, *, is_predictor: bool, trusted: Sequence[str] = (),
             file=manifest.MANIFEST,
             value=content.kind,
         )
+    if is_predictor and content.config == "lazy":
+        raise InvalidModelError(
+            f"{manifest.MANIFEST} in {folder} says that a LazyConfig's model is a predictor, which only a CfgNode's can be",
+            file=manifest.MANIFEST,
+            value=content.kind,
+        )
     plain = config.read(folder)
     carried: Sequence[str] = content.external_modules
     code.check_names(carried)

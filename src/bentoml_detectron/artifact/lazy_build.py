@@ -162,8 +162,8 @@ def _admitted(name: str, trusted: Sequence[str]) -> Any:
     package = _package_of(name, trusted)
     try:
         found, qualname = locate(name)
-    except (ImportError, AttributeError) as exc:
-        raise UnknownEntryError(f"the config needs {name}, which cannot be found here: {exc}", value=name) from exc
+    except Exception as exc:  # importing runs code: anything can happen
+        raise UnknownEntryError(f"the config needs {name}, which cannot be found here: {exc!r}", value=name) from exc
     defined = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
     # What a module merely imported, and all that is reached through that, is defined under another name.
     if not callable(found) or getattr(found, "__qualname__", None) != qualname or _below(defined, [package]) is None:
