@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BYTES_PER_PIXEL = 1000
-"""Memory that one pixel of a batch takes at the peak; ``benchmarks/bench_predictor.py`` measures some 300 to 800."""
+BYTES_PER_PIXEL = 3000
+"""Memory that one pixel of a batch takes at the peak; ``benchmarks/bench_predictor.py`` measures some 300 to 2800."""
+MOST_PIXELS_ON_CPU = 400_000
+"""Most pixels in a batch on the CPU unless the user says otherwise: batches of small images are faster than one by one, batches
+of large ones slower, as their features no longer stay in the processor's caches (``benchmarks/bench_predictor.py``)."""
 _LEAST_STRIDE = 32  # pixels to which images are padded in groups, for models that ask for no multiple
 
 Batch = Literal["padded", "exact"]
@@ -95,7 +99,8 @@ class Predictor:
                 - "exact": each on its own, since no other group gives what the image alone gives, bit for bit: the kernels for
                   two images of the same shape are not always those for one.
             max_batch_pixels: Most pixels, padding included, that go through the model together; a larger image goes alone.
-                None: as many as half of the memory that is free takes, at `BYTES_PER_PIXEL` bytes each.
+                None: as many as half of the memory that is free takes, at `BYTES_PER_PIXEL` bytes each, and on the CPU no
+                more than `MOST_PIXELS_ON_CPU`.
             limits: Of encoded images; `images.Limits()` unless given.
 
         Raises:
@@ -232,18 +237,33 @@ class Predictor:
                 yield waiting.pop(max(waiting, key=lambda each: len(waiting[each]) * each[0] * each[1]))
         yield from waiting.values()
 
-    def prepare(self, image: ImageLike, wanted: Options, index: int = 0) -> Prepared:
+    def prepare(
+        self,
+        image: ImageLike,
+        wanted: Options,
+        index: int = 0,
+        observe: Observe = lambda stage, seconds: None,
+    ) -> Prepared:
         """Decodes an image and scales it to the model's size, as ``DefaultPredictor`` does.
+
+        Args:
+            image: As in `__call__`.
+            wanted: What is wanted of it.
+            index: Its place in the call.
+            observe: Is told how long the stages "decode" and "preprocess" took, in seconds.
 
         Raises:
             ImageError: It cannot be used.
         """
+        start = time.perf_counter()
         pixels = pictures.load(image, self.limits, index=index)
+        between = time.perf_counter()
+        observe("decode", between - start)
         height, width = size = pixels.shape[:2]
         if self.input.format == "RGB":
             pixels = pixels[:, :, ::-1]
         if self.input.min_size_test > 0:
-            shape = ResizeShortestEdge.get_output_shape(height, width, self.input.min_size_test, self.input.max_size_test)
+            shape = self._scaled(height, width)
             if min(shape) < 1:
                 raise ImageError(
                     f"{width}x{height} is too long and thin: at the model's {self.input.max_size_test} pixels "
@@ -252,7 +272,21 @@ class Predictor:
                     value=size,
                 )
             pixels = ResizeTransform(height, width, *shape).apply_image(pixels)
-        return Prepared(index, pixels, (height, width), self._padded(*pixels.shape[:2]), wanted)
+        prepared = Prepared(index, pixels, (height, width), self._padded(*pixels.shape[:2]), wanted)
+        observe("preprocess", time.perf_counter() - between)
+        return prepared
+
+    def pixels_of(self, height: int, width: int) -> int:
+        """Pixels, padding included, that an image of that size has in the model."""
+        padded_height, padded_width = self._padded(*self._scaled(height, width))
+        return padded_height * padded_width
+
+    def _scaled(self, height: int, width: int) -> tuple[int, int]:
+        """The size that an image of this one has in the model, without padding."""
+        if self.input.min_size_test <= 0:
+            return height, width
+        shape = ResizeShortestEdge.get_output_shape(height, width, self.input.min_size_test, self.input.max_size_test)
+        return int(shape[0]), int(shape[1])
 
     def _padded(self, *shape: int) -> tuple[int, int]:
         """The shape that an image of this one has in the model, as far as grouping goes."""
@@ -269,7 +303,9 @@ class Predictor:
         """Most pixels, padding included, that may go through the model together now."""
         if self.max_batch_pixels is not None:
             return self.max_batch_pixels
-        return max(1, free_memory(device_of(self.model)) // 2 // BYTES_PER_PIXEL)
+        device = device_of(self.model)
+        most = MOST_PIXELS_ON_CPU if device.type == "cpu" else sys.maxsize
+        return max(1, min(most, free_memory(device) // 2 // BYTES_PER_PIXEL))
 
     def run(self, group: Sequence[Prepared], observe: Observe = lambda stage, seconds: None) -> list[Any]:
         """Runs images of one padded shape through the model together; in halves, where that takes too much memory.

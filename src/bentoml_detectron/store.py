@@ -141,7 +141,8 @@ def load_predictor(
         trusted: As in `load_model`.
         batch: "padded": images of one padded shape go through the model together. "exact": each on its own, so that its results
             do not depend, to the last bit, on what else is in the call. See `Predictor`.
-        max_batch_pixels: Most pixels, padding included, in one batch; None: what half of the free memory takes.
+        max_batch_pixels: Most pixels, padding included, in one batch; None: what half of the free memory takes, and on the CPU
+            no more than is faster than one by one.
         limits: Of encoded images: 25 megapixels, 50 MB unless given.
 
     Returns:

@@ -41,8 +41,9 @@ def run_session(text: str, namespace: dict) -> None:
     assert result.failed == 0, report.getvalue()
 
 
-def test_every_block(tmp_path):
+def test_every_block(tmp_path, monkeypatch):
     assert len(BLOCKS) >= 8
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     printed = ""
     for language, text in BLOCKS:

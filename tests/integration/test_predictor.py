@@ -171,7 +171,7 @@ class TestBatches:
         assert max(loaded) < 10
 
     def test_default_budget_is_of_the_memory_that_is_free(self, module, monkeypatch, shapes):
-        monkeypatch.setattr("bentoml_detectron.predictor.free_memory", lambda device: 2 * 1000 * 64 * 96 * 3)
+        monkeypatch.setattr("bentoml_detectron.predictor.free_memory", lambda device: 2 * 3000 * 64 * 96 * 3)
         self.unresized(module)([picture(64, 80)] * 5)
         assert [shape[0] for shape in shapes] == [3, 2]
         assert 0 < free_memory(torch.device("cpu")) < 1 << 45

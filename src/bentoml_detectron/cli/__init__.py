@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("demo", "verify")
+COMMANDS = ("demo", "serve", "verify")
 
 
 class _Commands(click.Group):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,11 +14,14 @@ import bentoml
 from bentoml import Tag
 from bentoml.models import BentoModel
 from bentoml.validators import ContentType
+from starlette.exceptions import HTTPException
 
 from bentoml_detectron import __version__
 from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError
+from bentoml_detectron.service import logs
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
+from bentoml_detectron.service.life import REPLACES_VARIABLE, drain_on_sigterm, respawn_at_once
 from bentoml_detectron.service.metrics import Metrics
 from bentoml_detectron.service.openapi import document
 
@@ -29,6 +32,8 @@ __all__ = ["Settings", "get_service"]
 
 TOKEN_VARIABLE = "BENTOML_DETECTRON_TOKEN"
 """Name of the environment variable with the token that requests must bear."""
+SERVED_VARIABLE = "BENTOML_DETECTRON_SERVE"
+"""Name of the environment variable that ``bentoml detectron serve`` sets, and `served` reads."""
 
 logger = logging.getLogger("bentoml.detectron")
 Image = Annotated[Path, ContentType("image/*")]
@@ -73,6 +78,8 @@ def get_service(
     worker = Worker(_with_token(settings or Settings()))
     service_config.setdefault("name", f"detectron-{model.tag.name}")
     service_config.setdefault("image", container_image())
+    # BentoML's own deadline comes after this package's, which counts what it ends.
+    service_config["traffic"] = {"timeout": worker.settings.request_seconds + 10, **service_config.get("traffic", {})}
 
     @bentoml.service(**service_config)
     class DetectronService:
@@ -81,11 +88,11 @@ def get_service(
         bento_model = model
 
         def __init__(self) -> None:
-            _start(worker, self.bento_model)
+            _start(worker, lambda: self.bento_model, service_config.get("workers") or 1)
             worker.openapi = lambda: document(service.name)
 
         # The middleware answers for these two; they are here for BentoML's clients, which ask the service for its methods.
-        @bentoml.api(route="/predict")
+        @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]
         def predict(
             self,
             image: Image,
@@ -96,7 +103,7 @@ def get_service(
         ) -> dict[str, Any]:
             raise NotImplementedError
 
-        @bentoml.api(route="/render")
+        @bentoml.api(route="/render")  # type: ignore[untyped-decorator]
         def render(
             self,
             image: Image,
@@ -108,12 +115,24 @@ def get_service(
             raise NotImplementedError
 
         async def __is_ready__(self) -> bool:
-            return worker.is_ready
+            if worker.reason is not None:
+                raise HTTPException(503, worker.reason)  # for False, BentoML would give no reason
+            return True
 
-        @bentoml.on_shutdown
-        def stop(self) -> None:
+        @bentoml.on_deployment  # type: ignore[untyped-decorator]
+        def supervise() -> None:  # BentoML makes it a static method, and calls it where the workers are started
+            respawn_at_once()
+
+        @bentoml.on_startup  # type: ignore[untyped-decorator]
+        async def start(self) -> None:
+            if REPLACES_VARIABLE in os.environ and worker.engine is not None:
+                await worker.engine.loaded()
+
+        @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+        async def stop(self) -> None:
             if worker.engine is not None:
                 worker.engine.close()
+                await asyncio.to_thread(worker.engine.join, 10.0)
 
     service: bentoml.Service[Any] = DetectronService
     service.add_asgi_middleware(Front, worker=worker)
@@ -136,15 +155,18 @@ def _with_token(settings: Settings) -> Settings:
     return settings if settings.token else replace(settings, token=os.environ.get(TOKEN_VARIABLE) or None)
 
 
-def _start(worker: Worker, model: bentoml.Model) -> None:
+def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str) -> None:
     """Starts a worker: the model is loaded beside the event loop, so that ``/readyz`` can say that it is not there yet."""
     settings = worker.settings
+    logs.install()
     worker.metrics = Metrics()
 
     def load() -> Predictor:
         from bentoml_detectron.images import Limits
         from bentoml_detectron.store import load_predictor
 
+        _share_cores(workers)
+        model = find()  # here, since a worker that cannot begin would be started again and again
         limits = Limits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_body_bytes)
         predictor = load_predictor(
             model, settings.device_id, trust_remote_code=settings.trust_remote_code, trusted=settings.trusted, limits=limits
@@ -154,8 +176,21 @@ def _start(worker: Worker, model: bentoml.Model) -> None:
         logger.info("%s is ready", model.tag)
         return predictor
 
-    worker.engine = Engine(load, worker.metrics.observe, max_queue=settings.max_queue)
-    _drain_on_sigterm(worker)
+    worker.engine = Engine(load, worker.metrics.observe, max_queue=settings.max_queue, max_pixels=settings.max_queue_pixels)
+    drain_on_sigterm(worker.drain, settings.drain_seconds)
+
+
+def _share_cores(workers: int | str) -> None:
+    """Gives this thread's PyTorch its share of the cores: workers that take all of them each wait for one another.
+
+    It holds for the thread that calls it, the model's.
+    """
+    if "OMP_NUM_THREADS" in os.environ or workers == 1:
+        return
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // workers) if isinstance(workers, int) else 1)
 
 
 def _self_test(predictor: Predictor, model: bentoml.Model) -> None:
@@ -197,26 +232,3 @@ def _info(model: bentoml.Model, predictor: Predictor, settings: Settings) -> dic
         "labels": dict(model.info.labels),
         "versions": folder.versions(),
     }
-
-
-def _drain_on_sigterm(worker: Worker) -> None:
-    """On SIGTERM says at ``/readyz`` first that no more requests should come, and lets the server end a little later.
-
-    The server's own handler stops listening at once, so that whoever balances the load learns it from refused connections.
-    """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:  # outside a server: a test made the instance
-        return
-    ended = signal.getsignal(signal.SIGTERM)
-    if not callable(ended):
-        return
-
-    def drain(number: int, frame: Any) -> None:
-        worker.draining = True
-        loop.call_soon_threadsafe(loop.call_later, worker.settings.drain_seconds, ended, number, None)
-
-    try:
-        signal.signal(signal.SIGTERM, drain)
-    except ValueError:  # not the main thread: the server does not take signals either
-        return

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,11 +24,20 @@ from bentoml_detectron.predictor import Observe, Predictor, Prepared
 
 logger = logging.getLogger("bentoml.detectron")
 
+Timing = MutableMapping[str, float]
+"""Seconds by stage, of one request. Other threads write to it, also when the request is over: do not iterate."""
+
+BATCHES = 8
+"""Batches that may wait where no other bound on pixels is given, or `PIXELS`, if these are more."""
+PIXELS = 32_000_000  # some 30 images of 800x1333, 100 MB
+_LONGEST_WAIT = 60  # seconds that Retry-After says at most
+
 
 @dataclass(slots=True, eq=False)
 class _Job:
     prepared: Prepared
     future: asyncio.Future[Any]
+    timing: Timing
     arrived: float = field(default_factory=time.perf_counter)
 
     @property
@@ -37,29 +48,44 @@ class _Job:
 class Engine:
     """Loads a predictor in the background, and runs requests through it in batches.
 
+    All methods but `join` are for the event loop's thread.
+
     Attributes:
-        predictor: None until it is loaded.
-        failure: Why it could not be loaded, if so.
+        predictor: None until it is loaded, and after the model's thread has failed.
+        failure: Why there is no predictor and will be none, if so.
+        max_pixels: Most pixels, padding included, that wait or run; one image alone may have more.
     """
 
-    def __init__(self, load: Callable[[], Predictor], observe: Observe, *, max_queue: int, decoders: int = 2) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Predictor],
+        observe: Observe,
+        *,
+        max_queue: int,
+        max_pixels: int | None = None,
+        decoders: int = 2,
+    ) -> None:
         """Starts loading.
 
         Args:
             load: Loads and tries the predictor; runs in the model's thread.
-            observe: Is told of stages in seconds, "batch_size" and "batch_pixels".
-            max_queue: Most requests that may wait, decoding included.
+            observe: Is told of stages in seconds, "batch_size" and "batch_pixels", by several threads.
+            max_queue: Most requests that may wait or run, decoding included.
+            max_pixels: Most pixels that may; None: as `BATCHES` and `PIXELS` say.
             decoders: Threads that decode images.
         """
         self.predictor: Predictor | None = None
         self.failure: str | None = None
+        self.max_pixels = max_pixels
         self._load = load
         self._observe = observe
         self._max_queue = max_queue
         self._entered = 0
+        self._pixels = 0
+        self._seconds_per_image = 0.0
         self._jobs: deque[_Job] = deque()
         self._wake = threading.Condition()
-        self._closed = False
+        self._ended: str | None = None
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -69,96 +95,197 @@ class Engine:
         """Requests that were admitted and are not done."""
         return self._entered
 
-    def close(self) -> None:
-        """Ends the thread after the batch that it is at; what waits gets an error."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify_all()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+    @property
+    def waiting_pixels(self) -> int:
+        """Their pixels in the model, padding included."""
+        return self._pixels
 
-    def admit(self) -> None:
+    @property
+    def retry_after(self) -> int:
+        """Whole seconds until what is here now is done, as far as the last batches tell."""
+        return min(max(1, math.ceil(self._entered * self._seconds_per_image)), _LONGEST_WAIT)
+
+    def close(self) -> None:
+        """Ends the thread after the batch that it is at; what waits, and what comes, gets an error."""
+        self._end("the server is shutting down; ask again")
+        # What is being decoded ends by itself, and finds that nobody will run it.
+        self._decoders.shutdown(wait=False)
+
+    def join(self, seconds: float) -> None:
+        """Waits for the model's thread, so that no interpreter ends under it."""
+        self._thread.join(seconds)
+
+    async def loaded(self) -> None:
+        """Waits until the model is loaded, or cannot be."""
+        while self.predictor is None and self.failure is None:
+            await asyncio.sleep(0.02)
+
+    def admit(self, pixels: int = 1) -> None:
         """Refuses what would wait too long, before anything is done for it.
 
+        Args:
+            pixels: What it has in the model, where that is known. A single image is not refused for its size.
+
         Raises:
-            NotReadyError: The model is not loaded.
-            OverloadedError: Too many wait.
+            NotReadyError: The model is not loaded, or no more.
+            OverloadedError: Too many requests, or pixels, wait.
         """
-        if self.predictor is None:
-            raise NotReadyError(self.failure or "the model is being loaded; ask again soon")
+        if self.failure or self._ended:
+            raise NotReadyError(self.failure or self._ended or "")
+        if self.predictor is None or self.max_pixels is None:
+            raise NotReadyError("the model is being loaded; ask again soon")
         if self._entered >= self._max_queue:
             raise OverloadedError(f"{self._entered} requests wait already; ask again soon", value=self._entered)
+        if self._pixels and self._pixels + pixels > self.max_pixels:
+            raise OverloadedError(f"{self._pixels:,} pixels wait already; ask again soon", value=self._pixels)
 
-    async def predict(self, image: bytes, wanted: Options) -> Any:
+    async def predict(self, image: bytes, wanted: Options, timing: Timing | None = None) -> Any:
         """One image's `Detections`; if the task is cancelled before its batch begins, the model never sees the image.
+
+        Args:
+            image: Encoded.
+            wanted: From `Predictor.options`.
+            timing: Gets the seconds of the stages that this request went through; forward and postprocess are its batch's.
 
         Raises:
             DetectronError: The image cannot be used, or the model cannot take it.
         """
-        self.admit()
+        timing = {} if timing is None else timing
         predictor = self.predictor
-        if predictor is None:  # admit has said so
-            raise NotReadyError("the model is not loaded")
-        loop = asyncio.get_running_loop()
+        pixels = 0 if predictor is None else _claimed_pixels(predictor, image)
+        self.admit(max(1, pixels))
+        assert predictor is not None  # admit has seen to it
         self._entered += 1
+        self._pixels += pixels
         try:
-            start = time.perf_counter()
-            prepared = await loop.run_in_executor(self._decoders, predictor.prepare, image, wanted)
-            self._observe("decode", time.perf_counter() - start)
-            job = _Job(prepared, loop.create_future())
-            with self._wake:
-                self._jobs.append(job)
-                self._wake.notify()
+            prepared = await self.run(predictor.prepare, image, wanted, 0, self._told(timing))
+            job = _Job(prepared, asyncio.get_running_loop().create_future(), timing)
+            self._pixels += job.pixels - pixels
+            pixels = job.pixels
+            self._append(job)
             result = await job.future
         finally:
             self._entered -= 1
+            self._pixels -= pixels
         if isinstance(result, Exception):
             raise result
         return result
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs what takes a while and is not the model's, in the decoders' threads."""
+        if self._ended:
+            raise NotReadyError(self._ended)
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *args)
+
+    def _append(self, job: _Job) -> None:
+        with self._wake:
+            if self._ended:  # while it was decoded; no thread would take it
+                raise NotReadyError(self._ended)
+            self._jobs.append(job)
+            self._wake.notify()
+
+    def _told(self, timing: Timing) -> Observe:
+        """Tells of a stage, and puts it down for a request; halves of a batch add up."""
+
+        def observe(stage: str, value: float) -> None:
+            timing[stage] = timing.get(stage, 0.0) + value
+            self._tell(stage, value)
+
+        return observe
+
+    def _tell(self, stage: str, value: float) -> None:
+        try:
+            self._observe(stage, value)
+        except Exception:  # such as a full disk under Prometheus's files; that must not end the model's thread
+            logger.exception("%s cannot be counted", stage)
 
     def _work(self) -> None:
         try:
             predictor = self._load()
-        except Exception as exc:
-            logger.exception("the model cannot be loaded")
-            self.failure = f"the model cannot be loaded: {exc}"
+            if self.max_pixels is None:
+                self.max_pixels = max(BATCHES * predictor.budget(), PIXELS)
+        except BaseException as exc:  # a model's own code may raise SystemExit
+            self._fail("the model cannot be loaded", exc)
             return
         self.predictor = predictor
-        while jobs := self._next(predictor):
-            self._observe("batch_size", len(jobs))
-            self._observe("batch_pixels", sum(job.pixels for job in jobs))
+        try:
+            while self._step(predictor):
+                pass
+        except BaseException as exc:
+            self._fail("the model's thread has ended; the server has to be restarted", exc)
+
+    def _fail(self, what: str, exc: BaseException) -> None:
+        reason = f"{what}: {' '.join(str(exc).split())[:1000] or type(exc).__name__}"
+        # A DetectronError says what to do; where another came from helps to find out.
+        logger.error(reason, exc_info=None if isinstance(exc, DetectronError) else exc)
+        self.failure = reason
+        self.predictor = None
+        self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        with self._wake:
+            self._ended = self._ended or reason
+            for job in self._jobs:
+                _deliver(job, NotReadyError(self._ended))
+            self._jobs.clear()
+            self._wake.notify_all()
+
+    def _step(self, predictor: Predictor) -> bool:
+        """Runs the next batch; False at the end."""
+        jobs = self._next(predictor)
+        if not jobs:
+            return False
+        start = time.perf_counter()
+        self._tell("batch_size", len(jobs))
+        self._tell("batch_pixels", sum(job.pixels for job in jobs))
+        for job in jobs:
+            self._told(job.timing)("queue", start - job.arrived)
+        spent: dict[str, float] = {}
+        try:
+            results = self._results(predictor, [job.prepared for job in jobs], self._told(spent))
+        except BaseException:
             for job in jobs:
-                self._observe("queue", time.perf_counter() - job.arrived)
-            try:
-                results = predictor.run([job.prepared for job in jobs], self._observe)
-            except Exception as exc:
-                logger.exception("the model failed on a batch of %d images", len(jobs))
-                results = [DetectronError(f"the model failed: {type(exc).__name__}")] * len(jobs)
-            for job, result in zip(jobs, results, strict=True):
-                _deliver(job, result)
+                _deliver(job, NotReadyError("the model's thread has ended"))
+            raise
+        each = (time.perf_counter() - start) / len(jobs)
+        self._seconds_per_image = 0.8 * self._seconds_per_image + 0.2 * each if self._seconds_per_image else each
+        for job, result in zip(jobs, results, strict=True):
+            job.timing.update(spent)
+            _deliver(job, result)
+        return True
+
+    def _results(self, predictor: Predictor, group: Sequence[Prepared], observe: Observe) -> list[Any]:
+        """One result an image. Where a batch fails, its images run alone, so that none is lost for another's sake."""
+        try:
+            results = predictor.run(group, observe)
+            if len(results) != len(group):
+                raise RuntimeError(f"the predictor gave {len(results)} results for {len(group)} images")
+            return results
+        except Exception as exc:
+            logger.exception("the model failed on a batch of %d", len(group))
+            if len(group) == 1:
+                return [DetectronError(f"the model failed: {type(exc).__name__}")]
+        return [result for each in group for result in self._results(predictor, [each], observe)]
 
     def _next(self, predictor: Predictor) -> list[_Job]:
         """The next batch: the request that waits longest, and others of its shape within the budget; none at the end."""
         with self._wake:
-            while True:
-                # What nobody waits for any more never reaches the model.
-                self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
-                if self._closed:
-                    for job in self._jobs:
-                        _deliver(job, NotReadyError("the server is shutting down; ask again"))
-                    return []
-                if self._jobs:
-                    break
-                self._wake.wait()
+            self._wake.wait_for(lambda: self._ended or self._drop_cancelled())
+        # To ask for the free memory takes a while, and the event loop takes the lock too.
+        budget = 0 if predictor.batch == "exact" else predictor.budget()
+        with self._wake:
+            if not self._drop_cancelled():  # meanwhile: ended, or all have left
+                return [] if self._ended else self._next(predictor)
             first = self._jobs[0]
-            most = 1 if predictor.batch == "exact" else max(1, predictor.budget() // first.pixels)
-            batch = [job for job in self._jobs if job.prepared.shape == first.prepared.shape][:most]
+            batch = [job for job in self._jobs if job.prepared.shape == first.prepared.shape][: max(1, budget // first.pixels)]
             taken = set(map(id, batch))
             self._jobs = deque(job for job in self._jobs if id(job) not in taken)
             return batch
+
+    def _drop_cancelled(self) -> bool:
+        """Drops what nobody waits for any more, so that it never reaches the model; whether any are left."""
+        self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
+        return bool(self._jobs)
 
 
 def _deliver(job: _Job, result: Any) -> None:
@@ -168,3 +295,57 @@ def _deliver(job: _Job, result: Any) -> None:
 
     with suppress(RuntimeError):  # the loop is closed: the server is gone
         job.future.get_loop().call_soon_threadsafe(set_result)
+
+
+def _claimed_pixels(predictor: Predictor, image: bytes) -> int:
+    """Pixels that an image will have in the model, by the size that its header claims; 0 for what will be refused.
+
+    It is looked up on the event loop, so that a refusal need not wait for a decoder.
+    """
+    try:
+        width, height = _claimed_size(image)
+    except (struct.error, IndexError):
+        return 0
+    if min(width, height) < 1 or width * height > predictor.limits.max_pixels:
+        return 0
+    return predictor.pixels_of(height, width)
+
+
+def _claimed_size(image: bytes) -> tuple[int, int]:
+    """Width and height in an image's header; zeros where there is none.
+
+    Raises:
+        struct.error: It is cut short.
+    """
+    if image.startswith(b"\x89PNG"):
+        return struct.unpack_from(">II", image, 16)
+    if image.startswith(b"BM"):
+        width, height = struct.unpack_from("<ii", image, 18)
+        return width, abs(height)
+    if image.startswith(b"RIFF"):
+        return _claimed_webp(image)
+    if image.startswith(b"\xff\xd8"):
+        return _claimed_jpeg(image)
+    return 0, 0
+
+
+def _claimed_webp(image: bytes) -> tuple[int, int]:
+    kind = image[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(image[24:27], "little"), 1 + int.from_bytes(image[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(image[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", image, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _claimed_jpeg(image: bytes) -> tuple[int, int]:
+    place = 2
+    for _ in range(100):  # real ones have some ten segments; this runs on the event loop
+        marker, length = struct.unpack_from(">HH", image, place)
+        if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):
+            height, width = struct.unpack_from(">HH", image, place + 5)
+            return width, height
+        place += 2 + length
+    return 0, 0

@@ -16,8 +16,9 @@ from typing import Any
 from bentoml.exceptions import BentoMLException
 
 from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError
+from bentoml_detectron.service import gate
 from bentoml_detectron.service.engine import Engine
-from bentoml_detectron.service.metrics import Metrics
+from bentoml_detectron.service.metrics import STAGES, Metrics
 from bentoml_detectron.service.requests import Call, DisconnectedError, read
 
 logger = logging.getLogger("bentoml.detectron")
@@ -27,7 +28,8 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-RETRY_AFTER = b"1"  # seconds
+TIMED = ("read", "predict", *STAGES)
+"""Stages in ``Server-Timing``; "predict" is all from "decode" to "postprocess", waits for threads included."""
 _PAGE = Path(__file__).with_name("page.html")
 
 
@@ -39,8 +41,12 @@ class Settings:
         device_id: Where the model lives.
         max_body_bytes: Largest body.
         max_image_pixels: Largest image; a larger one is refused before it is decoded.
-        max_queue: Most requests that wait in a worker; further ones are refused at once.
+        max_queue: Most requests that wait or run in a worker; further ones are refused at once.
+        max_queue_pixels: Most pixels that they may have in the model, padding included; one image alone may have more. None:
+            as many as 8 batches take.
+        max_held_bytes: Most bytes of bodies that a worker holds, those still arriving included.
         body_seconds: Most seconds that a body may take to arrive.
+        request_seconds: Most seconds from a request's head to its answer; what is still waiting then never reaches the model.
         drain_seconds: For how long a worker that was told to end says so at ``/readyz`` before it takes no more requests.
         token: What requests must bear as ``Authorization: Bearer ...``; None: nothing.
         trust_remote_code: As in `load_model`.
@@ -51,7 +57,10 @@ class Settings:
     max_body_bytes: int = 20 << 20
     max_image_pixels: int = 25_000_000
     max_queue: int = 32
+    max_queue_pixels: int | None = None
+    max_held_bytes: int = 320 << 20
     body_seconds: float = 30.0
+    request_seconds: float = 60.0
     drain_seconds: float = 1.0
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
@@ -69,10 +78,29 @@ class Worker:
     metrics: Metrics | None = None
     draining: bool = False
 
+    def drain(self) -> None:
+        """Says from now on that no more requests should come."""
+        self.draining = True
+
     @property
-    def is_ready(self) -> bool:
-        """Whether requests should come here."""
-        return self.engine is not None and self.engine.predictor is not None and not self.draining
+    def reason(self) -> str | None:
+        """Why no requests should come here; None where they should."""
+        if self.draining:
+            return "the server is shutting down"
+        if self.engine is None or self.engine.predictor is None:
+            return (self.engine and self.engine.failure) or "the model is being loaded; ask again soon"
+        return None
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A request, what is known of its stages, and how many bytes of its body are held."""
+
+    scope: Scope
+    receive: Receive
+    timing: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+    held: int = 0
 
 
 class Front:
@@ -81,7 +109,8 @@ class Front:
     def __init__(self, app: App, worker: Worker) -> None:
         self.app = app
         self.worker = worker
-        self._routes: dict[tuple[str, str], Callable[[Scope, Receive], Awaitable[_Answer]]] = {
+        self._held = 0
+        self._routes: dict[tuple[str, str], Callable[[_Request], Awaitable[_Answer]]] = {
             ("POST", "/predict"): self._predict,
             ("POST", "/render"): self._render,
             ("GET", "/info"): self._info,
@@ -92,35 +121,49 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or hands on; see ASGI's specification."""
+        if scope["type"] == "lifespan":
+            gate.install(scope.get("app"), self._paths)
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self.app(scope, receive, send)
             return
+        request = _Request(scope, receive)
         try:
-            answer = await self._answer(scope, receive)
+            answer = await self._answer(request)
         except DisconnectedError:
-            self._count_refusal("DisconnectedError")
+            self._count_refusal("DisconnectedError", 499)
             return
+        finally:
+            self._held -= request.held
+        answer.headers.append((b"server-timing", _server_timing(request)))
+        if self.worker.draining:  # so that the client's next request finds another worker, and no connection that ends
+            answer.headers.append((b"connection", b"close"))
         await _send(send, answer, head=scope["method"] == "HEAD")
 
-    async def _answer(self, scope: Scope, receive: Receive) -> _Answer:
+    async def _answer(self, request: _Request) -> _Answer:
+        scope = request.scope
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         route = self._routes.get((method, scope["path"]))
         if route is None:
             allowed = ", ".join(m for m, path in self._routes if path == scope["path"])
             return _error(HTTPStatus.METHOD_NOT_ALLOWED, f"{scope['path']} takes {allowed}", [(b"allow", allowed.encode())])
         if not self._is_authorized(scope):
-            self._count_refusal("Unauthorized")
+            self._count_refusal("Unauthorized", HTTPStatus.UNAUTHORIZED)
             return _error(
                 HTTPStatus.UNAUTHORIZED, "send the service's token as 'Authorization: Bearer TOKEN'",
                 [(b"www-authenticate", b"Bearer")],
             )  # fmt: skip
+        seconds = self.worker.settings.request_seconds
         try:
-            return await route(scope, receive)
+            async with asyncio.timeout(seconds):
+                return await route(request)
+        except TimeoutError:
+            self._count_refusal("DeadlineError", HTTPStatus.GATEWAY_TIMEOUT)
+            return _error(HTTPStatus.GATEWAY_TIMEOUT, f"no answer within {seconds:g} seconds; ask again", self._retry_after())
         except (OverloadedError, NotReadyError) as exc:
-            self._count_refusal(type(exc).__name__)
-            return _error(exc.error_code, str(exc), [(b"retry-after", RETRY_AFTER)])
+            self._count_refusal(type(exc).__name__, exc.error_code)
+            return _error(exc.error_code, str(exc), self._retry_after())
         except BentoMLException as exc:
-            self._count_refusal(type(exc).__name__)
+            self._count_refusal(type(exc).__name__, exc.error_code)
             return _error(exc.error_code, str(exc))
         except (DisconnectedError, asyncio.CancelledError):
             raise
@@ -135,12 +178,16 @@ class Front:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, b"Bearer " + token.encode())
 
-    def _count_refusal(self, reason: str) -> None:
-        if self.worker.metrics is not None:
-            self.worker.metrics.refused(reason)
+    def _retry_after(self) -> list[tuple[bytes, bytes]]:
+        engine = self.worker.engine
+        return [(b"retry-after", str(1 if engine is None else engine.retry_after).encode())]
 
-    async def _predict(self, scope: Scope, receive: Receive) -> _Answer:
-        call, result, timing = await self._found(scope, receive)
+    def _count_refusal(self, reason: str, status: int) -> None:
+        if self.worker.metrics is not None:
+            self.worker.metrics.refused(reason, int(status))
+
+    async def _predict(self, request: _Request) -> _Answer:
+        call, result = await self._found(request)
         start = time.perf_counter()
         if not hasattr(result, "to_json"):
             raise DetectronError("the model's output is none that this service can spell as JSON")
@@ -148,63 +195,79 @@ class Front:
             text = await self._engine().run(lambda: result.to_json(masks="polygon"))
         else:
             text = result.to_json(masks=call.masks)
-        timing.append(("encode", time.perf_counter() - start))
-        return self._timed(_Answer(HTTPStatus.OK, text.encode(), b"application/json"), timing)
+        self._encoded(request, start)
+        return _Answer(HTTPStatus.OK, text.encode(), b"application/json")
 
-    async def _render(self, scope: Scope, receive: Receive) -> _Answer:
-        call, result, timing = await self._found(scope, receive)
+    async def _render(self, request: _Request) -> _Answer:
+        call, result = await self._found(request)
         start = time.perf_counter()
         content = await self._engine().run(_rendered, call.image, result, self._limits())
-        timing.append(("encode", time.perf_counter() - start))
-        return self._timed(_Answer(HTTPStatus.OK, content, b"image/jpeg"), timing)
+        self._encoded(request, start)
+        return _Answer(HTTPStatus.OK, content, b"image/jpeg")
 
-    async def _found(self, scope: Scope, receive: Receive) -> tuple[Call, Any, list[tuple[str, float]]]:
+    async def _found(self, request: _Request) -> tuple[Call, Any]:
         """Reads a request and predicts on its image; stops where the client leaves."""
         engine, settings, metrics = self._engine(), self.worker.settings, self.worker.metrics
         engine.admit()
-        start = time.perf_counter()
+        scope = request.scope
         if metrics is not None:
             metrics.wait(1)
         try:
             call = await read(
-                dict(scope["headers"]), scope["query_string"], receive, settings.max_body_bytes, settings.body_seconds
-            )
+                dict(scope["headers"]), scope["query_string"], lambda: self._received(request), settings.max_body_bytes,
+                settings.body_seconds,
+            )  # fmt: skip
+            request.timing["read"] = time.perf_counter() - request.start
             if engine.predictor is None:
                 raise NotReadyError("the model is not loaded")
             wanted = engine.predictor.options(**call.options)
             between = time.perf_counter()
-            result = await _while_connected(engine.predict(call.image, wanted), receive)
+            result = await _while_connected(engine.predict(call.image, wanted, request.timing), request.receive)
+            request.timing["predict"] = time.perf_counter() - between
             if metrics is not None:
                 metrics.found(result)
-            return call, result, [("read", between - start), ("predict", time.perf_counter() - between)]
+            return call, result
         finally:
             if metrics is not None:
                 metrics.wait(-1)
 
-    def _timed(self, answer: _Answer, timing: list[tuple[str, float]]) -> _Answer:
-        if self.worker.metrics is not None:
-            self.worker.metrics.observe("encode", timing[-1][1])
-        spelled = ", ".join(f"{stage};dur={seconds * 1e3:.1f}" for stage, seconds in timing)
-        answer.headers.append((b"server-timing", spelled.encode()))
-        return answer
+    async def _received(self, request: _Request) -> Mapping[str, Any]:
+        """The next part of a body; many senders together, however slow, cannot take the memory.
 
-    async def _info(self, scope: Scope, receive: Receive) -> _Answer:
+        Raises:
+            OverloadedError: Bodies take too much of it already.
+        """
+        message = await request.receive()
+        size = len(message.get("body", b""))
+        limit = self.worker.settings.max_held_bytes
+        if self._held + size > limit:
+            raise OverloadedError(f"bodies of other requests take {limit:,} bytes already; ask again soon", value=self._held)
+        self._held += size
+        request.held += size
+        return message
+
+    def _encoded(self, request: _Request, start: float) -> None:
+        request.timing["encode"] = time.perf_counter() - start
+        if self.worker.metrics is not None:
+            self.worker.metrics.observe("encode", request.timing["encode"])
+
+    async def _info(self, request: _Request) -> _Answer:
         self._engine()
         return _json(HTTPStatus.OK, self.worker.info())
 
-    async def _ui(self, scope: Scope, receive: Receive) -> _Answer:
+    async def _ui(self, request: _Request) -> _Answer:
         return _Answer(HTTPStatus.OK, _PAGE.read_bytes(), b"text/html; charset=utf-8", [
             (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
              b"img-src blob: data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"),
         ])  # fmt: skip
 
-    async def _docs(self, scope: Scope, receive: Receive) -> _Answer:
+    async def _docs(self, request: _Request) -> _Answer:
         return _json(HTTPStatus.OK, self.worker.openapi())
 
     def _engine(self) -> Engine:
         engine = self.worker.engine
         if engine is None or engine.predictor is None:
-            raise NotReadyError((engine and engine.failure) or "the model is being loaded; ask again soon")
+            raise NotReadyError(self.worker.reason or "the model is not loaded")
         return engine
 
     def _limits(self) -> Any:
@@ -228,6 +291,12 @@ def _error(status: int, message: str, headers: list[tuple[bytes, bytes]] | None 
     answer = _json(status, {"error": message.encode("utf-8", "replace").decode()})
     answer.headers += headers or []
     return answer
+
+
+def _server_timing(request: _Request) -> bytes:
+    known = [(stage, request.timing[stage]) for stage in TIMED if stage in request.timing]
+    known.append(("total", time.perf_counter() - request.start))
+    return ", ".join(f"{stage};dur={seconds * 1e3:.1f}" for stage, seconds in known).encode()
 
 
 async def _send(send: Send, answer: _Answer, head: bool) -> None:

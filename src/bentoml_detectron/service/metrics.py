@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bentoml_detectron.results import Detections
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-STAGES = ("decode", "queue", "forward", "postprocess", "encode")
+STAGES = ("decode", "preprocess", "queue", "forward", "postprocess", "encode")
 
 
 class Metrics:
@@ -17,6 +19,7 @@ class Metrics:
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
+        _forget_the_dead()
         self._stages = Histogram(
             "detectron_stage_seconds", "Time of a request's stages; forward and postprocess are a batch's", ["stage"],
             buckets=SECONDS,
@@ -31,7 +34,7 @@ class Metrics:
         self._found = Counter("detectron_detections", "Detections", ["class_name"])
         self._scores = Histogram("detectron_scores", "Scores of detections", buckets=tuple(i / 10 for i in range(1, 11)))
         self._empty = Counter("detectron_empty_results", "Images on which nothing was found")
-        self._refused = Counter("detectron_refused_requests", "Requests that were refused", ["reason"])
+        self._refused = Counter("detectron_refused_requests", "Requests that were refused or left", ["reason", "status"])
 
     def observe(self, stage: str, value: float) -> None:
         """Takes what the engine tells."""
@@ -39,7 +42,7 @@ class Metrics:
             self._batch.observe(value)
         elif stage == "batch_pixels":
             self._pixels.observe(value)
-        else:
+        elif stage in STAGES:
             self._stages.labels(stage).observe(value)
 
     def wait(self, change: int) -> None:
@@ -58,6 +61,18 @@ class Metrics:
         for score in detections.scores.tolist():
             self._scores.observe(score)
 
-    def refused(self, reason: str) -> None:
-        """Counts a refusal, by the class of its error."""
-        self._refused.labels(reason).inc()
+    def refused(self, reason: str, status: int) -> None:
+        """Counts a refusal, by the name of its error's class and by its status: nothing that a request says is a label."""
+        self._refused.labels(reason, str(status)).inc()
+
+
+def _forget_the_dead() -> None:
+    """Removes the gauges of workers that were killed, which would count as waiting for ever what they had."""
+    import psutil
+    from prometheus_client import multiprocess
+
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    for path in Path(folder).glob("gauge_live*_*.db") if folder else ():
+        number = path.stem.rpartition("_")[2]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            multiprocess.mark_process_dead(int(number), folder)  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ from typing import Any
 
 from bentoml_detectron import __version__
 from bentoml_detectron.options import MAX_TOP_K
+from bentoml_detectron.service.requests import MAX_CLASSES
 
 _SCHEMA = "detections.schema.json"
 
@@ -63,10 +64,20 @@ def document(name: str) -> dict[str, Any]:
     }
 
 
+# BentoML's clients send null for what was left out.
 _FIELDS: dict[str, dict[str, Any]] = {
-    "score_threshold": {"type": "number", "minimum": 0, "maximum": 1, "description": "What scores above it is given"},
-    "classes": {"type": "array", "items": {"type": "string"}, "description": "Names or ids of the classes that are given"},
-    "top_k": {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "description": "At most so many, the best"},
+    "score_threshold": {
+        "type": ["number", "null"],
+        "minimum": 0,
+        "maximum": 1,
+        "description": "What scores above it is given",
+    },
+    "classes": {
+        "type": ["array", "null"],
+        "items": {"type": "string"},
+        "description": f"Names or ids of the classes that are given, at most {MAX_CLASSES}",
+    },
+    "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_TOP_K, "description": "At most so many, the best"},
     "masks": {"enum": ["rle", "polygon", "none"], "default": "rle", "description": "How masks are spelled"},
 }
 _STATUSES = {
@@ -76,6 +87,7 @@ _STATUSES = {
     "413": "The body or the image is too large",
     "415": "Neither a form nor an image of a format that is taken",
     "503": "Too many requests wait, or the model is not loaded; ask again after Retry-After seconds",
+    "504": "No answer within the service's time; ask again",
 }
 
 
