@@ -220,9 +220,11 @@ def test_single_image_is_not_refused_for_its_pixels(held):
 
 def test_bound_on_pixels_comes_from_the_predictors_budget(held):
     async def main() -> None:
-        engine = await started(held)
-        assert engine.max_pixels == 8 * held.budget()
-        engine.close()
+        for budget, most in ((10_000_000, 80_000_000), (1000, 32_000_000)):
+            held.budget = lambda budget=budget: budget
+            engine = await started(held)
+            assert engine.max_pixels == most
+            engine.close()
 
     asyncio.run(main())
 

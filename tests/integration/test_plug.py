@@ -93,6 +93,7 @@ def test_editable_install_is_plugged_too(tmp_path):
     """In a virtual environment of its own that sees this one's packages."""
     root = Path(__file__).resolve().parent.parent.parent
     shutil.copytree(root / "src", tmp_path / "project" / "src")
+    shutil.copytree(root / "docs", tmp_path / "project" / "docs")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path / "project" / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)

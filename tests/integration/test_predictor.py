@@ -28,8 +28,8 @@ from bentoml_detectron.masks import decode
 from bentoml_detectron.options import Options, options
 from bentoml_detectron.predictor import Predictor, free_memory
 from bentoml_detectron.results import Detections
-from integration.test_architectures import PROJECTS, ZOO, zoo_config
 from support import built, checkpoint, picture, tiny_cfg
+from zoo import PROJECTS, ZOO, zoo_config
 
 WITH_OWN_PROPOSALS = {name: zoo for name, zoo in ZOO.items() if name != "Fast R-CNN, FPN"}
 CONFIGS = {name: lambda zoo=zoo: zoo_config(zoo) for name, zoo in WITH_OWN_PROPOSALS.items()}

@@ -28,6 +28,7 @@ from bentoml._internal.frameworks import detectron as adapter
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
+import zoo
 from bentoml_detectron import errors, selftest, verify
 from bentoml_detectron import outputs as our_outputs
 from bentoml_detectron.artifact import config, folder, manifest, plain_yaml
@@ -113,7 +114,6 @@ def neighbour(name: str) -> Any:
 
 def zoo_config(name: str) -> Any:
     """A config of Detectron2's zoo, made narrow."""
-    zoo = neighbour("test_architectures")
     return zoo.zoo_config(zoo.ZOO[name])
 
 

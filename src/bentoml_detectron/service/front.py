@@ -43,7 +43,7 @@ class Settings:
         max_image_pixels: Largest image; a larger one is refused before it is decoded.
         max_queue: Most requests that wait or run in a worker; further ones are refused at once.
         max_queue_pixels: Most pixels that they may have in the model, padding included; one image alone may have more. None:
-            as many as 8 batches take.
+            as many as 8 batches take, or 32 megapixels if that is more.
         max_held_bytes: Most bytes of bodies that a worker holds, those still arriving included.
         body_seconds: Most seconds that a body may take to arrive.
         request_seconds: Most seconds from a request's head to its answer; what is still waiting then never reaches the model.
