@@ -73,6 +73,11 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_load.py
 	$(BIN)/python benchmarks/bench_save.py
 	$(BIN)/python benchmarks/bench_import.py
+	$(BIN)/python benchmarks/bench_predictor.py
+	$(BIN)/python benchmarks/bench_masks.py
+	$(BIN)/python benchmarks/bench_results.py
+	$(BIN)/python benchmarks/bench_draw.py
+	$(BIN)/python benchmarks/bench_overload.py
 
 train-demo: .venv/.wheel
 	$(BIN)/python -W ignore tools/train_demo.py
