@@ -20,6 +20,8 @@ from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.results import Detections, PanopticSegmentation, Segment
 from support import assert_same
 
+pytestmark = pytest.mark.slow
+
 DATASET = "the_demos_ground_truth"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 

@@ -26,6 +26,8 @@ from torch import nn
 from bentoml_detectron import demo, errors, verify
 from support import BLOCK_NETWORK, assert_same, picture, run_python, tensors, tiny_cfg
 
+pytestmark = pytest.mark.slow
+
 has_fcos = importlib.util.find_spec("detectron2.modeling.meta_arch.fcos") is not None
 has_vit = importlib.util.find_spec("detectron2.modeling.backbone.vit") is not None
 

@@ -101,6 +101,8 @@ FRESH = (
     BLOCK_NETWORK
     + """
 import json, bentoml, torch
+
+pytestmark = pytest.mark.slow
 tag, package, image, output, options = sys.argv[1:]
 loaded = bentoml.detectron.load_model(tag, **json.loads(options))
 with torch.no_grad():

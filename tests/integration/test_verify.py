@@ -35,6 +35,8 @@ from bentoml_detectron.artifact import config, folder, manifest, plain_yaml
 from bentoml_detectron.results import Detections
 from support import built, checkpoint, small_cfg, tiny_cfg, tree
 
+pytestmark = pytest.mark.slow
+
 BENTOML = Path(sys.executable).with_name("bentoml")
 
 

@@ -28,6 +28,8 @@ from bentoml_detectron import errors, verify
 from bentoml_detectron.artifact import code, manifest
 from support import built, small_cfg
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:

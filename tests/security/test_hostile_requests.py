@@ -47,6 +47,8 @@ from bentoml_detectron.service.front import Front, Settings, Worker
 from bentoml_detectron.service.openapi import document
 from support import run_python
 
+pytestmark = pytest.mark.slow
+
 IMAGE = demo.images()[3].read_bytes()
 FORM = {b"content-type": b"multipart/form-data; boundary=b"}
 JPEG = {b"content-type": b"image/jpeg"}
