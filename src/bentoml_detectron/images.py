@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from bentoml_detectron.errors import DamagedImageError, ImageError, ImageTooLargeError, UnsupportedImageError
+from bentoml_detectron.image_headers import webp_size
 
 ImageLike: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | np.ndarray
 """An encoded image, the path of one, a PIL image, or a BGR array."""
@@ -241,7 +242,7 @@ def _open(content: bytes, limits: Limits, index: int) -> ImageFile:
         return PngImageFile(io.BytesIO(_png_picture(content)))
     if content.startswith(b"RIFF") and content.startswith(b"WEBP", 8):
         # Opening makes room for the picture.
-        _check_size(*_webp_size(content), limits, index)
+        _check_size(*webp_size(content), limits, index)
         return WebPImageFile(io.BytesIO(content))
     if content.startswith(b"BM"):
         bitmap = BmpImageFile(io.BytesIO(content))
@@ -282,19 +283,6 @@ def _png_picture(content: bytes) -> bytes:
             kept.append(content[position:end])
         position = end
     return b"".join(kept)
-
-
-def _webp_size(content: bytes) -> tuple[int, int]:
-    """Width and height that a WebP's header claims; meaningless for a header that is no WebP's."""
-    kind = content[12:16]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(content[24:27], "little"), 1 + int.from_bytes(content[27:30], "little")
-    if kind == b"VP8L":
-        bits = int.from_bytes(content[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind != b"VP8 " or len(content) < 30:
-        raise ValueError("no WebP header")
-    return int.from_bytes(content[26:28], "little") & 0x3FFF, int.from_bytes(content[28:30], "little") & 0x3FFF
 
 
 def _seems(content: bytes) -> str:

@@ -27,6 +27,7 @@ from bentoml_detectron import errors, verify
 from bentoml_detectron.artifact import code
 from support import BLOCK_NETWORK, assert_same, built, picture, run_python, tensors, tiny_cfg
 
+pytestmark = pytest.mark.slow
 REGISTRIES = (META_ARCH_REGISTRY, BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, ROI_BOX_HEAD_REGISTRY)
 
 PACKAGE = {
@@ -102,7 +103,6 @@ FRESH = (
     + """
 import json, bentoml, torch
 
-pytestmark = pytest.mark.slow
 tag, package, image, output, options = sys.argv[1:]
 loaded = bentoml.detectron.load_model(tag, **json.loads(options))
 with torch.no_grad():

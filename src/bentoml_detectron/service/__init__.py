@@ -209,8 +209,7 @@ def _self_test(predictor: Predictor, model: bentoml.Model) -> None:
     if due is None:
         logger.warning("%s has no self-test; it is served as it is", model.tag)
         return
-    got = selftest.record(predictor.model, predictor.input, predictor.dataset)
-    problems = selftest.compare(due, got, again=lambda change: selftest.run(predictor.model, predictor.input, None, change))
+    _, problems = selftest.check(due, predictor.model, predictor.input, predictor.dataset)
     if problems:
         raise InvalidModelError(f"{model.tag} fails its self-test: {'; '.join(problems)}", value=problems)
 

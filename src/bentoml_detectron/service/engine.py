@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import struct
 import threading
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError
+from bentoml_detectron.image_headers import claimed_size
 from bentoml_detectron.options import Options
 from bentoml_detectron.predictor import Observe, Predictor, Prepared
 
@@ -151,10 +151,12 @@ class Engine:
             DetectronError: The image cannot be used, or the model cannot take it.
         """
         timing = {} if timing is None else timing
+        self.admit()
         predictor = self.predictor
-        pixels = 0 if predictor is None else _claimed_pixels(predictor, image)
+        if predictor is None:  # admit has refused it
+            raise NotReadyError("the model is not loaded")
+        pixels = _claimed_pixels(predictor, image)
         self.admit(max(1, pixels))
-        assert predictor is not None  # admit has seen to it
         self._entered += 1
         self._pixels += pixels
         try:
@@ -302,50 +304,7 @@ def _claimed_pixels(predictor: Predictor, image: bytes) -> int:
 
     It is looked up on the event loop, so that a refusal need not wait for a decoder.
     """
-    try:
-        width, height = _claimed_size(image)
-    except (struct.error, IndexError):
-        return 0
+    width, height = claimed_size(image)
     if min(width, height) < 1 or width * height > predictor.limits.max_pixels:
         return 0
     return predictor.pixels_of(height, width)
-
-
-def _claimed_size(image: bytes) -> tuple[int, int]:
-    """Width and height in an image's header; zeros where there is none.
-
-    Raises:
-        struct.error: It is cut short.
-    """
-    if image.startswith(b"\x89PNG"):
-        return struct.unpack_from(">II", image, 16)
-    if image.startswith(b"BM"):
-        width, height = struct.unpack_from("<ii", image, 18)
-        return width, abs(height)
-    if image.startswith(b"RIFF"):
-        return _claimed_webp(image)
-    if image.startswith(b"\xff\xd8"):
-        return _claimed_jpeg(image)
-    return 0, 0
-
-
-def _claimed_webp(image: bytes) -> tuple[int, int]:
-    kind = image[12:16]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(image[24:27], "little"), 1 + int.from_bytes(image[27:30], "little")
-    if kind == b"VP8L":
-        bits = int.from_bytes(image[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    width, height = struct.unpack_from("<HH", image, 26)
-    return width & 0x3FFF, height & 0x3FFF
-
-
-def _claimed_jpeg(image: bytes) -> tuple[int, int]:
-    place = 2
-    for _ in range(100):  # real ones have some ten segments; this runs on the event loop
-        marker, length = struct.unpack_from(">HH", image, place)
-        if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):
-            height, width = struct.unpack_from(">HH", image, place + 5)
-            return width, height
-        place += 2 + length
-    return 0, 0
