@@ -1,12 +1,12 @@
-"""What a model found on one image, as plain NumPy: `Detections`, its conversions, and `PanopticSegmentation`.
+"""What a model found on one image, as plain NumPy: `Detections` and its conversions.
 
 Reading them needs neither PyTorch nor Detectron2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from bentoml_detectron import results_checks as checks
 from bentoml_detectron import results_json
 from bentoml_detectron.errors import NO_DETECTRON2, DependencyMissingError, DetectronMissingError, InvalidArgumentError
 from bentoml_detectron.masks import RLE
+from bentoml_detectron.panoptic import PanopticSegmentation, Segment
 
 if TYPE_CHECKING:
     import supervision
@@ -24,116 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RLE", "Detections", "PanopticSegmentation", "Segment"]
 
-MOST_SEGMENT = (1 << 24) - 1
-"""The highest segment id: three bytes, as COCO's panoptic PNG has them."""
 VOID = {"uint8": 255, "int16": -1}
 """What a semantic map holds where it says nothing, by its dtype."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One segment of a panoptic segmentation.
-
-    Attributes:
-        id: Its value in the map; above 0.
-        class_id: The contiguous training id, of a thing or of stuff.
-        class_name: "" only where the model carries no names.
-        is_thing: Whether it is one countable object.
-        area: In pixels.
-        score: In [0, 1], of a thing; None for stuff, and where the model gives none.
-        category_id: The dataset's own id, where the model carries it.
-        detection: The index of the detection that it is the segment of, if there is one.
-
-    Raises:
-        InvalidArgumentError: (``ValueError``) One has another type, or is out of range.
-    """
-
-    id: int
-    class_id: int
-    class_name: str
-    is_thing: bool
-    area: int
-    score: float | None = None
-    category_id: int | None = None
-    detection: int | None = None
-
-    def __post_init__(self) -> None:
-        _set(self, "id", checks.whole("a segment's id", self.id, 1, MOST_SEGMENT))
-        _set(self, "class_id", checks.whole("a segment's class_id", self.class_id, 0))
-        _set(self, "area", checks.whole("a segment's area", self.area, 0))
-        _set(self, "class_name", checks.names("a segment's class_name", [self.class_name], 1)[0])
-        if not isinstance(self.is_thing, (bool, np.bool_)):
-            raise InvalidArgumentError(f"a segment's is_thing is {self.is_thing!r}; give True or False", value=self.is_thing)
-        _set(self, "is_thing", bool(self.is_thing))
-        if self.score is not None:
-            _set(self, "score", checks.score(self.score))
-        if self.category_id is not None:
-            _set(self, "category_id", checks.whole("a segment's category_id", self.category_id, -(1 << 63)))
-        if self.detection is not None:
-            _set(self, "detection", checks.whole("a segment's detection", self.detection, 0))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PanopticSegmentation:
-    """Each pixel's segment.
-
-    Attributes:
-        ids: (H, W) int32, each pixel's segment id; 0 where there is none.
-        segments: The segments, whose ids are those of the map.
-    """
-
-    ids: NDArray[np.int32]
-    segments: tuple[Segment, ...]
-
-    def __post_init__(self) -> None:
-        _set(self, "ids", checks.array("panoptic.ids", self.ids, np.int32, (None, None)))
-        given = tuple(self.segments) if isinstance(self.segments, Iterable) else (None,)
-        if not all(isinstance(segment, Segment) for segment in given):
-            raise InvalidArgumentError(f"panoptic.segments is {self.segments!r:.80}; give Segments", value=self.segments)
-        _set(self, "segments", given)
-        known = [segment.id for segment in self.segments]
-        if len(set(known)) < len(known):
-            raise InvalidArgumentError(f"segment ids are {known}; each is there once", value=known)
-        lowest, highest = (int(self.ids.min()), int(self.ids.max())) if self.ids.size else (0, 0)
-        is_known = np.zeros(min(max(highest, 0), MOST_SEGMENT) + 1, np.bool_)
-        is_known[[each for each in [0, *known] if each < len(is_known)]] = True
-        if lowest < 0 or highest > MOST_SEGMENT or not is_known[self.ids].all():
-            raise InvalidArgumentError(f"panoptic.ids holds ids other than 0 and those of its segments, {known}", value=known)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PanopticSegmentation, (self.ids, self.segments)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PanopticSegmentation):
-            return NotImplemented
-        return self.segments == other.segments and np.array_equal(self.ids, other.ids)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        height, width = self.ids.shape
-        return f"PanopticSegmentation({len(self.segments)} segments in {width}x{height})"
-
-    def rle(self, segment_id: int) -> RLE:
-        """One segment's mask."""
-        return rle_masks.encode(self.ids == segment_id)
-
-    def to_png(self) -> bytes:
-        """The map as COCO's panoptic PNG: an id is red + 256 green + 65536 blue."""
-        return results_json.panoptic_png(self.ids)
-
-    def segments_info(self) -> list[dict[str, Any]]:
-        """COCO's ``segments_info``; category ids are the dataset's where the model carries them."""
-        return [
-            {
-                "id": segment.id,
-                "category_id": segment.class_id if segment.category_id is None else segment.category_id,
-                "isthing": int(segment.is_thing),
-                "area": segment.area,
-                **({} if segment.score is None else {"score": segment.score}),
-            }
-            for segment in self.segments
-        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,7 +127,7 @@ class Detections:
             tuple(self.class_names[i] for i in chosen.tolist()),
             None if self.masks is None else [self.masks[i] for i in chosen.tolist()],
             None if self.keypoints is None else self.keypoints[chosen],
-            None if self.panoptic is None else _relinked(self.panoptic, chosen),
+            None if self.panoptic is None else self.panoptic.relinked(chosen),
             self.semantic,
             None if self.category_ids is None else self.category_ids[chosen],
         )
@@ -260,6 +153,17 @@ class Detections:
         if self.masks is None:
             raise InvalidArgumentError("these detections have no masks, so no polygons")
         return [rle_masks.to_polygons(mask) for mask in self.masks]
+
+    def semantic_rles(self) -> dict[int, RLE]:
+        """The semantic map as one RLE a class that is there, by class id.
+
+        Raises:
+            InvalidArgumentError: There is no semantic map.
+        """
+        if self.semantic is None:
+            raise InvalidArgumentError("these detections have no semantic map, so no masks of its classes")
+        there = [each for each in np.unique(self.semantic).tolist() if each != VOID[str(self.semantic.dtype)]]
+        return {class_id: rle_masks.encode(self.semantic == class_id) for class_id in there}
 
     def to_json(self, *, masks: Literal["rle", "polygon", "none"] = "rle") -> str:
         """As one JSON object, described by ``docs/detections.schema.json``; its keys are the attributes, and two more.
@@ -389,13 +293,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     return bool(type(one) is type(other) and one == other)
-
-
-def _relinked(panoptic: PanopticSegmentation, chosen: NDArray[np.int64]) -> PanopticSegmentation:
-    """The same segmentation, its segments pointing at detections as they are counted now."""
-    place = {old: new for new, old in reversed([*enumerate(chosen.tolist())])}  # the first of one chosen twice
-    segments = [
-        segment if segment.detection is None else replace(segment, detection=place.get(segment.detection))
-        for segment in panoptic.segments
-    ]
-    return PanopticSegmentation(panoptic.ids, tuple(segments))

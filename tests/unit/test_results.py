@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as arrays
 
 from bentoml_detectron import masks
 from bentoml_detectron.errors import DependencyMissingError, DetectronMissingError, InvalidArgumentError
-from bentoml_detectron.results import Detections, PanopticSegmentation, Segment
+from bentoml_detectron.results import VOID, Detections, PanopticSegmentation, Segment
 from support import run_python
 
 SCHEMA = jsonschema.Draft202012Validator(
@@ -740,3 +740,21 @@ def test_instances_have_rotated_boxes_where_they_are():
 def test_a_segments_mask_is_where_its_id_is():
     one = whole().panoptic
     assert np.array_equal(masks.decode(one.rle(7)), one.ids == 7)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([np.uint8, np.int16]), st.randoms(use_true_random=False))
+def test_semantic_map_as_one_rle_a_class(height, width, dtype, random):
+    labels = [[random.choice([0, 3, 7, VOID[np.dtype(dtype).name]]) for _ in range(width)] for _ in range(height)]
+    semantic = np.array(labels, dtype)
+    rles = found(0, (height, width), masks=None, semantic=semantic).semantic_rles()
+    again = np.full((height, width), VOID[np.dtype(dtype).name], dtype)
+    for class_id, rle in rles.items():
+        pixels = masks.decode(rle)
+        assert pixels.any()
+        again[pixels] = class_id
+    assert np.array_equal(again, semantic)
+
+
+def test_rles_of_no_semantic_map_are_an_error_that_says_so():
+    with pytest.raises(InvalidArgumentError, match="no semantic map"):
+        found().semantic_rles()
