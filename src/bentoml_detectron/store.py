@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from bentoml_detectron.artifact.folder import Description, SavedModel
     from bentoml_detectron.artifact.manifest import SelfTest
+    from bentoml_detectron.engines import Precision
     from bentoml_detectron.images import Limits
     from bentoml_detectron.predictor import Predictor
 
@@ -124,7 +125,7 @@ def load_predictor(
     bento_model: str | Tag | Model,
     device_id: str = "cpu",
     *,
-    precision: Literal["fp32"] = "fp32",
+    precision: Precision = "fp32",
     trust_remote_code: bool = False,
     trusted: Sequence[str] = (),
     batch: Literal["padded", "exact"] = "padded",
@@ -136,7 +137,8 @@ def load_predictor(
     Args:
         bento_model: The model, or its tag, in BentoML's model store; a ``DefaultPredictor`` or a module was saved.
         device_id: As in `load_model`.
-        precision: Of the computation.
+        precision: "fp32": results are those of ``DefaultPredictor`` but for rounding: boxes within 0.05 pixels, scores within
+            1e-3. "bf16": faster, on processors that compute in it.
         trust_remote_code: As in `load_model`.
         trusted: As in `load_model`.
         batch: "padded": images of one padded shape go through the model together. "exact": each on its own, so that its results
@@ -146,7 +148,7 @@ def load_predictor(
         limits: Of encoded images: 25 megapixels, 50 MB unless given.
 
     Returns:
-        The predictor. For one image and fp32 its results are those of ``DefaultPredictor``.
+        The predictor.
 
     Raises:
         InvalidArgumentError: (``ValueError``) An argument is out of range.
@@ -158,14 +160,14 @@ def load_predictor(
         for found in predictor(["street.jpg", "park.png"], score_threshold=0.6, classes=["person"]):
             print(found.to_json())
     """
-    if precision != "fp32":
-        raise InvalidArgumentError(f"precision={precision!r}; this version computes in 'fp32'", value=precision)
     saved = open_model(bento_model, trust_remote_code=trust_remote_code, trusted=trusted)
+    from bentoml_detectron import engines
     from bentoml_detectron.model import load, module_of
     from bentoml_detectron.predictor import Predictor
 
+    engines.check(precision)
     return Predictor(
-        module_of(load(saved, device_id)),
+        engines.accelerated(module_of(load(saved, device_id)), precision),
         saved.input,
         saved.dataset,
         batch=batch,

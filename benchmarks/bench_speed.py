@@ -1,0 +1,222 @@
+"""Each precision against ``DefaultPredictor``: a BGR image in, `Detections` with RLE out, or its ``Instances``.
+
+Each way has a process of its own, which the parent lets run in turn; so no way has another's settings or memory. Ratios are
+pair by pair, their median is printed.
+
+Usage::
+
+    python benchmarks/bench_speed.py [--model MASK_RCNN ...] [--size 800x1088 ...] [--batch 1 ...] [--way fp32 ...] [--pairs 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+DEFAULT = "DefaultPredictor"
+WAYS = (DEFAULT, "DefaultPredictor, memory kept", "fp32", "bf16", "bf16, without OpenVINO", "whole model in OpenVINO, bf16")
+MODELS = ("MASK_RCNN", "FASTER_RCNN", "RETINANET", "KEYPOINT_RCNN", "PANOPTIC_FPN", "demo")
+
+
+class Worker:
+    """A way in a process of its own."""
+
+    def __init__(self, way: str, model: str, size: str, batch: int, folder: str) -> None:
+        self.way = way
+        environment = {**os.environ, "BENTOML_HOME": folder, "BENTOML_DO_NOT_TRACK": "True"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", way, model, size, str(batch), folder],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        self.loading = self._answer()
+
+    def _answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.way} ended with status {self.process.wait()}")
+        return json.loads(line)
+
+    def run(self) -> dict:
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def prepare(model: str, folder: str) -> None:
+    """Writes a model's config and weights, and saves it into the store."""
+    import bentoml
+    from detectron2.engine import DefaultPredictor
+
+    import calibrated
+    from bentoml_detectron import demo
+
+    path = f"{folder}/{model}.pth"
+    cfg = demo.config() if model == "demo" else calibrated.config(getattr(calibrated, model), path)
+    Path(folder, f"{model}.yaml").write_text(cfg.dump())
+    bentoml.detectron.save_model(model.lower(), DefaultPredictor(cfg))
+
+
+def call_of(way: str, model: str, folder: str, images: list):
+    """A way as a function of no arguments."""
+    import bentoml
+    from detectron2.config import get_cfg
+    from detectron2.engine import DefaultPredictor
+
+    from bentoml_detectron import engines
+    from bentoml_detectron.engines.memory import keep_freed_memory
+    from bentoml_detectron.predictor import Predictor
+
+    if way in ("fp32", "bf16"):
+        predictor = bentoml.detectron.load_predictor(f"{model.lower()}:latest", precision=way)
+        return lambda: predictor(images)
+    cfg = get_cfg()
+    cfg.merge_from_file(f"{folder}/{model}.yaml")
+    default = DefaultPredictor(cfg)
+    if way == "bf16, without OpenVINO":
+        predictor = bentoml.detectron.load_predictor(f"{model.lower()}:latest")
+        predictor = Predictor(engines.accelerated(default.model, "bf16", engine="eager"), predictor.input, predictor.dataset)
+        return lambda: predictor(images)
+    if way == "whole model in OpenVINO, bf16":
+        return whole_model(default, images)
+    if way == "DefaultPredictor, memory kept":
+        keep_freed_memory()
+    return lambda: [default(image) for image in images]
+
+
+def whole_model(default, images: list):
+    """What a user can do with OpenVINO's documentation: the model traced and converted whole, masks pasted after it."""
+    import openvino as ov
+    import torch
+    from detectron2.export import TracingAdapter
+    from detectron2.modeling.postprocessing import detector_postprocess
+
+    def tensor(image):
+        return torch.as_tensor(default.aug.get_transform(image).apply_image(image).astype("float32").transpose(2, 0, 1))
+
+    def inference(model, inputs):
+        return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
+
+    inputs = [{"image": tensor(images[0])}]
+    adapter = TracingAdapter(default.model, inputs, inference)
+    with torch.no_grad():
+        traced = torch.jit.trace(adapter.eval(), adapter.flattened_inputs, check_trace=False)
+    model = ov.convert_model(traced, example_input=adapter.flattened_inputs)
+    program = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY",
+                                                     "INFERENCE_NUM_THREADS": torch.get_num_threads()})  # fmt: skip
+
+    def call() -> None:
+        for image in images:
+            outputs = [torch.from_numpy(each.copy()) for each in program([tensor(image).numpy()]).values()]
+            found = adapter.outputs_schema(outputs)[0]["instances"]
+            detector_postprocess(found, *image.shape[:2])
+
+    return call
+
+
+def work(way: str, model: str, size: str, batch: str, folder: str) -> None:
+    """A worker: one line in, one line out."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    warnings.simplefilter("ignore")
+    import torch
+
+    import calibrated
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    height, width = map(int, size.split("x"))
+    images = [calibrated.picture(height, width, index) for index in range(int(batch))]
+    start = time.perf_counter()
+    call = call_of(way, model, folder, images)
+    loaded = time.perf_counter()
+    call()
+    first = time.perf_counter()
+    print(json.dumps({"load": loaded - start, "first": first - loaded}), file=answers, flush=True)
+    call()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
+
+
+def gemm_peak(dtype: str) -> float:
+    """GFLOP/s of a product of large matrices, the best of some."""
+    import torch
+
+    size = 4096 if dtype == "bfloat16" else 2048
+    one, other = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    torch.mm(one, other)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(one, other)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e9
+
+
+def compare(model: str, size: str, batch: int, ways: list[str], pairs: int, folder: str) -> None:
+    """Prints one row a way."""
+    workers = []
+    for way in ways:
+        try:
+            workers.append(Worker(way, model, size, batch, folder))
+        except RuntimeError as exc:
+            print(f"| {model} | {size} | {batch} | {way} | {exc} |", flush=True)
+    rows = [[worker.run() for worker in workers] for _ in range(pairs)]
+    for place, worker in enumerate(workers):
+        worker.end()
+        seconds = statistics.median(row[place]["seconds"] for row in rows)
+        ratios = [row[0]["seconds"] / row[place]["seconds"] for row in rows]
+        print(
+            f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.0f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f}) | {rows[-1][place]['peak'] / 1e6:.0f} | {worker.loading['load']:.1f} "
+            f"| {worker.loading['first']:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["MASK_RCNN"], choices=MODELS)
+    parser.add_argument("--size", nargs="+", default=["800x1088"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--way", nargs="+", default=list(WAYS))
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(*arguments.worker)
+        return
+    processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    print(f"{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; GEMM peak in GFLOP/s: "
+          f"float32 {gemm_peak('float32'):.0f}, bfloat16 {gemm_peak('bfloat16'):.0f}")  # fmt: skip
+    print("| model | image | batch | way | ms an image | times as fast, pair by pair | peak MB | load, s | first call, s |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    ways = [DEFAULT, *[way for way in arguments.way if way != DEFAULT]]
+    with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
+        os.environ["BENTOML_HOME"] = folder
+        os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+        for model in arguments.model:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                pool.apply(prepare, (model, folder))
+            for size in arguments.size:
+                for batch in arguments.batch:
+                    compare(model, size, batch, ways, arguments.pairs, folder)
+
+
+if __name__ == "__main__":
+    main()

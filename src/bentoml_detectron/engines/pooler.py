@@ -1,0 +1,42 @@
+"""Detectron2's ``ROIPooler`` over `roi_align`."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.layers import ROIAlign
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
+from detectron2.structures import Boxes
+from torch import nn
+
+from bentoml_detectron.engines.roi_align import roi_align
+
+
+class Pooler(nn.Module):
+    """Stands where a `ROIPooler` of ROIAligns was."""
+
+    def __init__(self, pooler: ROIPooler) -> None:
+        super().__init__()
+        self._scales = [float(each.spatial_scale) for each in pooler.level_poolers]
+        self._sampling_ratio = pooler.level_poolers[0].sampling_ratio
+        self._aligned = pooler.level_poolers[0].aligned
+        self._levels = (pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level)
+        self.output_size = pooler.output_size
+        self.eval()
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether it is a pooler that can be replaced."""
+        levels = getattr(module, "level_poolers", ())
+        return type(module) is ROIPooler and all(isinstance(each, ROIAlign) for each in levels)
+
+    def forward(self, features: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
+        """As `ROIPooler.forward`; (M, C, *output_size), channels-last."""
+        boxes = convert_boxes_to_pooler_format(box_lists)
+        if len(self._scales) > 1:
+            levels = assign_boxes_to_levels(box_lists, *self._levels)
+        else:
+            levels = torch.zeros(len(boxes), dtype=torch.int64)
+        known = (levels >= 0) & (levels < len(self._scales))  # boxes with their corners the wrong way round are of no level
+        levels = torch.where(known, levels, 0)
+        pooled = roi_align(features, boxes, levels, self._scales, self.output_size, self._sampling_ratio, self._aligned)
+        return pooled if bool(known.all()) else pooled * known[:, None, None, None]

@@ -1,0 +1,149 @@
+"""RoIAlign on the CPU as a weighted sum of rows of channels-last feature maps.
+
+Each output of RoIAlign (He et al. 2017, section 3) is an average of bilinear samples, so a weighted sum of the feature rows
+around them. The weights are a product of one factor along y and one along x: a bin's samples along an axis are merged into one
+weight for each pixel that they touch, and `torch.nn.functional.embedding_bag` sums the rows. Torchvision's kernel reads four
+rows a sample, channel by channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch.nn.functional import embedding_bag
+
+Pixels: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+_SPANS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Pixels that a bin touches along an axis; boxes are done together with others of about as many."""
+_MOST = 1 << 21  # weights, or samples, in memory at once
+_MOST_SAMPLES = 1 << 16  # of a bin along an axis; boxes that are larger are of no picture
+
+
+def roi_align(
+    features: Sequence[torch.Tensor],
+    boxes: torch.Tensor,
+    levels: torch.Tensor,
+    scales: Sequence[float],
+    output_size: tuple[int, int],
+    sampling_ratio: int,
+    aligned: bool,
+) -> torch.Tensor:
+    """RoIAlign over the levels of a pyramid; equal to ``torchvision.ops.roi_align`` but for rounding.
+
+    Args:
+        features: (B, C, H, W) a level, float32 or bfloat16; fastest where they are channels-last.
+        boxes: (M, 5) float32: the image's index in the batch, and XYXY in absolute pixels.
+        levels: (M,) int64, each box's level.
+        scales: Of each level with respect to the image.
+        output_size: Height and width of the output.
+        sampling_ratio: Samples a bin along each axis; 0: as many as the bin has pixels, rounded up.
+        aligned: Whether pixels' centers are at half a pixel, as in Detectron2's ROIAlignV2.
+
+    Returns:
+        (M, C, *output_size), channels-last, of the features' dtype.
+    """
+    channels = features[0].shape[1]
+    if not len(boxes):
+        return features[0].new_empty((0, channels, *output_size))
+    scale = boxes.new_tensor(scales)[levels]
+    heights, widths = (boxes.new_tensor([each.shape[axis] for each in features])[levels] for axis in (2, 3))
+    along_y = _Axis(boxes[:, 2], boxes[:, 4], scale, heights, output_size[0], sampling_ratio, aligned)
+    along_x = _Axis(boxes[:, 1], boxes[:, 3], scale, widths, output_size[1], sampling_ratio, aligned)
+    rows = [each.permute(0, 2, 3, 1).reshape(-1, channels) for each in features]
+    first = boxes[:, 0] * heights * widths
+    order, groups = _groups(levels, along_y.span, along_x.span)
+    pooled = []
+    for level, span_y, span_x, chosen in groups:
+        bins = output_size[0] * output_size[1]
+        step = max(1, _MOST // max(bins * span_y * span_x, along_y.samples(chosen), along_x.samples(chosen)))
+        for some in torch.split(chosen, step):
+            y, x = along_y.pixels(some, span_y), along_x.pixels(some, span_x)
+            pooled.append(_summed(rows[level], y, x, widths[some], first[some]).view(-1, bins * channels))
+    output = torch.cat(pooled)[order.argsort()]
+    return output.view(-1, *output_size, channels).permute(0, 3, 1, 2)
+
+
+def _groups(
+    levels: torch.Tensor, span_y: torch.Tensor, span_x: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[int, int, int, torch.Tensor]]]:
+    """Boxes in groups of one level and of about the same spans: all in that order, and a group's level, spans and boxes."""
+    spans = torch.tensor(_SPANS)
+    y, x = (torch.bucketize(each, spans) for each in (span_y, span_x))
+    key = (levels * (len(spans) + 1) + y) * (len(spans) + 1) + x
+    order = key.argsort()
+    keys, counts = torch.unique_consecutive(key[order], return_counts=True)
+    groups = []
+    for each, chosen in zip(keys.tolist(), torch.split(order, counts.tolist()), strict=True):
+        level, both = divmod(each, (len(spans) + 1) ** 2)
+        limits = [_SPANS[place] if place < len(spans) else int(span[chosen].max())
+                  for place, span in zip(divmod(both, len(spans) + 1), (span_y, span_x), strict=True)]  # fmt: skip
+        groups.append((level, limits[0], limits[1], chosen))
+    return order, groups
+
+
+def _summed(rows: torch.Tensor, along_y: Pixels, along_x: Pixels, widths: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """The bins of some boxes, (boxes * bins, C)."""
+    y = along_y[0] * widths.to(torch.int32)[:, None, None] + first.to(torch.int32)[:, None, None]
+    index = y[:, :, None, :, None] + along_x[0][:, None, :, None, :]
+    weight = along_y[1][:, :, None, :, None] * along_x[1][:, None, :, None, :]
+    touched = index.shape[3] * index.shape[4]
+    return embedding_bag(index.view(-1, touched), rows, mode="sum", per_sample_weights=weight.view(-1, touched).to(rows.dtype))
+
+
+class _Axis:
+    """The samples of all boxes along one axis; the arithmetic is torchvision's, operation by operation, in float32.
+
+    Attributes:
+        span: (M,) int64, most pixels that a bin of the box touches.
+    """
+
+    def __init__(
+        self,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        scale: torch.Tensor,
+        length: torch.Tensor,
+        bins: int,
+        sampling_ratio: int,
+        aligned: bool,
+    ) -> None:
+        offset = 0.5 if aligned else 0.0
+        self._start = low * scale - offset
+        size = high * scale - offset - self._start
+        if not aligned:
+            size = size.clamp(min=1.0)
+        self._bin = size / bins
+        self._count = torch.full_like(size, sampling_ratio) if sampling_ratio > 0 else self._bin.ceil().clamp(0, _MOST_SAMPLES)
+        self._length = length
+        self._bins = bins
+        self.span = torch.minimum(self._bin.abs().ceil() + 2, length).to(torch.int64)
+
+    def samples(self, chosen: torch.Tensor) -> int:
+        """Most samples that one of some boxes has along the axis."""
+        return self._bins * max(1, int(self._count[chosen].max()))
+
+    def pixels(self, chosen: torch.Tensor, span: int) -> Pixels:
+        """Pixels and weights of the bins of some boxes.
+
+        Returns:
+            (boxes, bins, span) int32 and float32; weights of pixels that no sample touches are 0.
+        """
+        start, size, count, length = (each[chosen, None, None] for each in (self._start, self._bin, self._count, self._length))
+        most = int(count.max().clamp(min=1))
+        bins = torch.arange(self._bins, dtype=torch.float32)[:, None]
+        samples = torch.arange(most, dtype=torch.float32)
+        at = start + bins * size + (samples + 0.5) * size / count.clamp(min=1)
+        weight = ((at >= -1) & (at <= length) & (samples < count)) / count.clamp(min=1)
+        at = torch.minimum(at.clamp(min=0), length - 1)
+        below = at.floor()
+        part = at - below
+        lowest = below.amin(dim=2, keepdim=True)
+        place = (below - lowest).to(torch.int64).clamp(max=span - 1)
+        weights = torch.zeros((len(chosen), self._bins, span + 1))
+        weights.scatter_add_(2, place, weight * (1 - part))
+        weights.scatter_add_(2, place + 1, weight * part)
+        pixels = torch.minimum(lowest + torch.arange(span), length - 1)
+        return pixels.to(torch.int32), weights[:, :, :span]

@@ -1,0 +1,44 @@
+"""Nested lists, tuples and dicts of tensors as flat lists, so that one engine runs modules of any signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def tensors(nested: Any) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts, in order.
+
+    Raises:
+        TypeError: Something else is in there.
+    """
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = nested.values()
+    elif not isinstance(nested, (list, tuple)):
+        raise TypeError(f"a {type(nested).__name__} is no tensor")
+    return [tensor for each in nested for tensor in tensors(each)]
+
+
+def rebuild(nested: Any) -> Callable[[list[torch.Tensor]], Any]:
+    """A function that puts as many tensors as are in `nested` where these are in there."""
+
+    def build(nested: Any, flat: Iterator[torch.Tensor]) -> Any:
+        if isinstance(nested, dict):
+            return {name: build(each, flat) for name, each in nested.items()}
+        if isinstance(nested, (list, tuple)):
+            return type(nested)([build(each, flat) for each in nested])
+        return next(flat)
+
+    def emptied(nested: Any) -> Any:
+        if isinstance(nested, dict):
+            return {name: emptied(each) for name, each in nested.items()}
+        if isinstance(nested, (list, tuple)):
+            return type(nested)([emptied(each) for each in nested])
+        return None
+
+    skeleton = emptied(nested)  # holds no tensors
+    return lambda flat: build(skeleton, iter(flat))

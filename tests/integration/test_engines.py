@@ -1,0 +1,224 @@
+"""Engines: what each computes is what Detectron2 computes, within the precision's bound, for every family of the zoo."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes
+from PIL import Image
+
+from bentoml_detectron import demo, engines
+from bentoml_detectron.artifact import config
+from bentoml_detectron.engines import openvino, parts, proposals, structure
+from bentoml_detectron.engines.pooler import Pooler
+from bentoml_detectron.errors import InvalidArgumentError
+from bentoml_detectron.predictor import Predictor
+from support import assert_same, built, picture, tensors, tiny_cfg
+from zoo import PROJECTS, ZOO, zoo_config
+
+WAYS = [("fp32", "eager"), ("bf16", "eager"), ("fp32", "openvino"), ("bf16", "openvino")]
+needs_openvino = pytest.mark.skipif(not openvino.is_installed(), reason="OpenVINO is not installed")
+needs_bf16 = pytest.mark.skipif(not engines.has_bf16(), reason="this processor does not compute in bf16")
+
+
+def way(precision, engine):
+    marks = [needs_bf16] * (precision == "bf16") + [needs_openvino] * (engine == "openvino")
+    return pytest.param(precision, engine, marks=marks, id=f"{precision}-{engine}")
+
+
+every_way = pytest.mark.parametrize(("precision", "engine"), [way(*each) for each in WAYS])
+
+
+def image(height=128, width=160, seed=0):
+    pixels = torch.from_numpy(np.ascontiguousarray(picture(height, width, seed).transpose(2, 0, 1))).float()
+    return {"image": pixels, "height": height, "width": width}
+
+
+def run(model, *inputs):
+    with torch.inference_mode():
+        return model(list(inputs or [image()]))
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def rms(tensor):
+    return float(tensor.float().square().mean().sqrt())
+
+
+NAMES = [pytest.param(lambda name=name: zoo_config(name), id=label) for label, name in ZOO.items() if "deformable" not in label]
+PROJECT_CONFIGS = [
+    pytest.param(*each.values, marks=each.marks, id=label) if hasattr(each, "values") else pytest.param(each, id=label)
+    for label, each in PROJECTS.items()
+]
+
+
+@pytest.mark.slow
+@every_way
+@pytest.mark.parametrize("make", NAMES + PROJECT_CONFIGS)
+def test_every_part_gives_what_detectron2s_gives(make, precision, engine):
+    """On the same inputs, for a batch of two of a size that the parts were not made with."""
+    model = built(make())
+    before = state(model)
+    fast = engines.accelerated(model, precision, engine=engine)
+    examples = parts.record(model, parts.find(model), lambda each: run(each, image(96, 230), image(96, 230, 1)))
+    for part, example in examples.items():
+        with torch.inference_mode():
+            found = structure.tensors(part.of(fast)(*example.arguments))
+        for mine, due in zip(found, structure.tensors(example.output), strict=True):
+            assert mine.shape == due.shape
+            assert rms(mine.float() - due) <= 2 * engines.TOLERANCES[precision] * rms(due), part
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+@every_way
+@pytest.mark.parametrize("make", NAMES + PROJECT_CONFIGS)
+def test_every_family_finds_as_much_as_with_detectron2(make, precision, engine):
+    """Thresholds let everything through and weights are random, so that which is found may turn on rounding; not how much."""
+    model = built(make())
+    fast = engines.accelerated(model, precision, engine=engine)
+    due, found = run(model, image(), image(120, 90, 1)), run(fast, image(), image(120, 90, 1))
+    for theirs, mine in zip(due, found, strict=True):
+        assert theirs.keys() == mine.keys()
+        for key in theirs.keys() & {"instances", "proposals"}:
+            assert len(theirs[key]) == len(mine[key])
+            assert theirs[key].get_fields().keys() == mine[key].get_fields().keys()
+        if "sem_seg" in theirs:
+            assert mine["sem_seg"].shape == theirs["sem_seg"].shape
+
+
+@every_way
+def test_all_parts_of_a_mask_rcnn_are_replaced(precision, engine):
+    model = built(tiny_cfg())
+    fast = engines.accelerated(model, precision, engine=engine)
+    places = {part.place for part in parts.find(model)}
+    assert places == {"backbone", "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.mask_head"}
+    assert type(fast) is type(model)
+    for place in ("backbone", "proposal_generator.rpn_head", "roi_heads.box_head"):
+        assert not list(fast.get_submodule(place).parameters()), place
+    assert isinstance(fast.roi_heads.box_pooler, Pooler)
+    assert isinstance(fast.proposal_generator.predict_proposals, proposals.PredictProposals)
+
+
+@pytest.mark.parametrize(("precision", "engine"), [way(*each) for each in WAYS if each[0] == "fp32"])
+def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predictor, precision, engine):
+    model = engines.accelerated(demo_predictor.model, precision, engine=engine)
+    predictor = Predictor(model, config.input_of(demo_predictor.cfg), config.dataset_of(demo_predictor.cfg))
+    for path in demo.images():
+        pixels = np.ascontiguousarray(np.asarray(Image.open(path).convert("RGB"))[:, :, ::-1])
+        due, found = demo_predictor(pixels)["instances"], predictor([pixels])[0]
+        assert found.class_ids.tolist() == due.pred_classes.tolist()
+        assert np.abs(found.boxes - due.pred_boxes.tensor.numpy()).max(initial=0) < 0.05
+        assert np.abs(found.scores - due.scores.numpy()).max(initial=0) < 1e-3
+
+
+@needs_openvino
+def test_part_that_was_traced_for_one_size_only_is_pytorchs(caplog):
+    """The factor is the width of what is traced; another width shows it."""
+    model = built(tiny_cfg())
+    odd = parts.with_module(model, "backbone", lambda module: Like(module))
+    with caplog.at_level("INFO"):
+        fast = engines.accelerated(odd, "fp32", engine="openvino")
+    assert "backbone on openvino is off" in caplog.text
+    given = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        for name, due in odd.backbone(given).items():
+            torch.testing.assert_close(fast.backbone(given)[name], due, rtol=1e-3, atol=1e-3)
+
+
+class Like(Backbone):
+    """A backbone whose features are multiplied by a number that tracing takes for a constant."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.size_divisibility = module.size_divisibility
+
+    def output_shape(self):
+        return self.module.output_shape()
+
+    def forward(self, x):
+        return {name: value * math.log(int(x.shape[-1])) for name, value in self.module(x).items()}
+
+
+class Failing(Like):
+    """A backbone that fails for other than float32."""
+
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise RuntimeError("only float32")
+        return self.module(x)
+
+
+@needs_bf16
+def test_part_that_no_engine_runs_stays_as_it_is():
+    model = parts.with_module(built(tiny_cfg()), "backbone", Failing)
+    fast = engines.accelerated(model, "bf16", engine="eager")
+    given = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        for name, due in model.backbone(given).items():
+            assert torch.equal(fast.backbone(given)[name], due)
+    assert len(run(fast)) == 1
+
+
+@every_way
+def test_threads_share_a_model(precision, engine):
+    fast = engines.accelerated(built(tiny_cfg()), precision, engine=engine)
+    inputs = [image(64 + 32 * (each % 2), 96, each) for each in range(6)]
+    alone = [tensors(run(fast, each)[0]["instances"]) for each in inputs]
+    together = [None] * len(inputs)
+
+    def work(place):
+        for _ in range(3):
+            together[place] = tensors(run(fast, inputs[place])[0]["instances"])
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(inputs))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for one, other in zip(alone, together, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestProposals:
+    """The RPN's choice."""
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_is_detectron2s(self, seed):
+        rpn = built(tiny_cfg()).proposal_generator
+        generator = torch.Generator().manual_seed(seed)
+        anchors = [
+            Boxes(torch.rand(count, 4, generator=generator) * 50 + torch.tensor([0, 0, 60, 60])) for count in (3000, 700, 5)
+        ]
+        logits = [torch.randn(2, len(each), generator=generator) for each in anchors]
+        deltas = [torch.randn(2, len(each), 4, generator=generator) for each in anchors]
+        logits[0][0, 7], deltas[1][1, 3] = float("inf"), float("nan")
+        sizes = [(100, 120), (64, 90)]
+        due = rpn.predict_proposals(anchors, logits, deltas, sizes)
+        for one, other in zip(proposals.PredictProposals(rpn)(anchors, logits, deltas, sizes), due, strict=True):
+            assert_same(one, other)
+
+    def test_of_an_rpn_that_chooses_in_its_own_way_stay(self):
+        class Own(RPN):
+            def predict_proposals(self, *arguments):
+                return super().predict_proposals(*arguments)
+
+        rpn = built(tiny_cfg()).proposal_generator
+        assert proposals.takes(rpn)
+        rpn.__class__ = Own
+        assert not proposals.takes(rpn)
+
+
+def test_unknown_precision_is_named():
+    with pytest.raises(InvalidArgumentError, match="precision='fp8'"):
+        engines.check("fp8")
