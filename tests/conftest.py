@@ -34,6 +34,17 @@ def bentoml_home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def digits_home(tmp_path_factory) -> Path:
+    """A BENTOML_HOME with the demo model as ``digits``, for servers; who changes it takes a copy."""
+    from servers import SAVE_DEMO
+    from support import run_python
+
+    home = tmp_path_factory.mktemp("digits")
+    run_python(SAVE_DEMO, BENTOML_HOME=str(home))
+    return home
+
+
+@pytest.fixture(scope="session")
 def demo_predictor():
     """The demo model as Detectron2 itself builds and loads it."""
     from bentoml_detectron import demo

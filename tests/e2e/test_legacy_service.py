@@ -5,16 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import bentoml
 import httpx
 import pytest
+
+from servers import served
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +39,6 @@ async def predict(image: PIL.Image.Image):
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.mark.parametrize("batchable", [False, True], ids=["one", "batchable"])
 def test_answers_are_the_predictors(batchable, demo_predictor, tmp_path):
     """Eight requests at once get what the predictor gives for each picture, and batchable ones meet in batches."""
@@ -59,22 +50,13 @@ def test_answers_are_the_predictors(batchable, demo_predictor, tmp_path):
     signatures = {"__call__": {"batchable": True, "batch_dim": 0}} if batchable else None
     bentoml.detectron.save_model("served", demo_predictor, signatures=signatures)
     (tmp_path / "service.py").write_text(SERVICE.replace("BATCHABLE", str(batchable)))
-    port = free_port()
-    server = subprocess.Popen(
-        [str(Path(sys.executable).with_name("bentoml")), "serve", "service:svc", "--host", "127.0.0.1", "--port", str(port)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=(tmp_path / "server.log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, tmp_path / "server.log")
+    with served(tmp_path, Path(os.environ["BENTOML_HOME"]), "serve", "service:svc", "--host", "127.0.0.1") as server:
         paths = demo.images()[:8]
 
         def ask(path: Path) -> dict:
-            answer = httpx.post(f"{url}/predict", files={"image": (path.name, path.read_bytes(), "image/jpeg")}, timeout=60)
+            answer = httpx.post(
+                f"{server.url}/predict", files={"image": (path.name, path.read_bytes(), "image/jpeg")}, timeout=60
+            )
             assert answer.status_code == 200, answer.text
             return answer.json()
 
@@ -89,29 +71,10 @@ def test_answers_are_the_predictors(batchable, demo_predictor, tmp_path):
             assert np.allclose(answer["boxes"], expected.pred_boxes.tensor.numpy(), atol=1e-2)
             assert np.allclose(answer["mask_pixels"], expected.pred_masks.sum((1, 2)).numpy(), atol=2)
         if batchable:
-            metrics = httpx.get(f"{url}/metrics", timeout=10).text
+            metrics = httpx.get(f"{server.url}/metrics", timeout=10).text
             total, count = (
                 sum(float(value) for value in re.findall(rf"adaptive_batch_size_{kind}{{.*}} (\S+)", metrics))
                 for kind in ("sum", "count")
             )
             assert total >= 8
             assert count < total, "every image went through the model alone"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def wait_until_ready(url: str, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.3)
-    raise AssertionError(f"the server did not get ready:\n{log.read_text()}")

@@ -6,10 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,30 +13,12 @@ import psutil
 import pytest
 
 from bentoml_detectron import demo
+from servers import BENTOML, environment, served
 from support import run_python
 
 pytestmark = pytest.mark.slow
-BENTOML = Path(sys.executable).with_name("bentoml")
+COMMAND = ("detectron", "serve", "digits")
 IMAGE = {"image": demo.images()[3].read_bytes()}
-
-
-def free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return int(each.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A model store with the demo model as ``digits``."""
-    home = tmp_path_factory.mktemp("home")
-    code = "import bentoml\nfrom bentoml_detectron import demo\nbentoml.detectron.save_model('digits', demo.predictor())"
-    run_python(code, BENTOML_HOME=str(home))
-    return home
-
-
-def environment(home: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True", **more}
 
 
 def failed(home: Path, *arguments: str) -> str:
@@ -53,58 +31,30 @@ def failed(home: Path, *arguments: str) -> str:
     return result.stderr
 
 
-@contextmanager
-def serving(home: Path, log: Path, *arguments: str, **more: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    port = free_port()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [str(BENTOML), "detectron", "serve", "digits", "--port", str(port), *arguments],
-            cwd=log.parent, env=environment(home, **more), stdout=file, stderr=file,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while status(f"{url}/readyz") != 200:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield process, url
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(60)
+def test_unknown_tag_is_one_line_and_no_server(digits_home):
+    assert failed(digits_home, "nobody:latest").startswith("Error: no Models with name 'nobody'")
+    assert failed(digits_home, "nobody:latest").count("\n") == 1
 
 
-def status(url: str) -> int | None:
-    try:
-        return httpx.get(url, timeout=5).status_code
-    except httpx.HTTPError:
-        return None
-
-
-def test_unknown_tag_is_one_line_and_no_server(home):
-    assert failed(home, "nobody:latest").startswith("Error: no Models with name 'nobody'")
-    assert failed(home, "nobody:latest").count("\n") == 1
-
-
-def test_address_that_cannot_be_had_is_one_line(home):
+def test_address_that_cannot_be_had_is_one_line(digits_home):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        said = failed(home, "digits", "--port", str(taken.getsockname()[1]))
+        said = failed(digits_home, "digits", "--port", str(taken.getsockname()[1]))
     assert said.startswith("Error: cannot listen on 127.0.0.1, port ")
     assert said.count("\n") == 1
-    assert failed(home, "digits", "--host", "here") == "Error: --host is 'here'; give an IP address of this machine\n"
+    assert failed(digits_home, "digits", "--host", "here") == "Error: --host is 'here'; give an IP address of this machine\n"
 
 
-def test_served_module_alone_says_how_to_start_it(home):
-    result = run_python("import bentoml_detectron.service.served", check=False, BENTOML_HOME=str(home))
+def test_served_module_alone_says_how_to_start_it(digits_home):
+    result = run_python("import bentoml_detectron.service.served", check=False, BENTOML_HOME=str(digits_home))
     assert "start this service with: bentoml detectron serve TAG" in result.stderr
 
 
-def test_it_serves_with_its_options_and_token_and_ends_by_sigterm(home, tmp_path):
+def test_it_serves_with_its_options_and_token_and_ends_by_sigterm(digits_home, tmp_path):
     arguments = ("--workers", "2", "--max-body-bytes", "100000")
-    with serving(home, tmp_path / "log", *arguments, BENTOML_DETECTRON_TOKEN="secret") as (process, url):
+    with served(tmp_path, digits_home, *COMMAND, *arguments, BENTOML_DETECTRON_TOKEN="secret") as server:
+        process, url = server.process, server.url
         assert httpx.post(f"{url}/predict", files=IMAGE, timeout=60).status_code == 401
         bearing = {"authorization": "Bearer secret"}
         assert httpx.post(f"{url}/predict", files=IMAGE, headers=bearing, timeout=60).status_code == 200
@@ -124,11 +74,12 @@ def test_it_serves_with_its_options_and_token_and_ends_by_sigterm(home, tmp_path
         assert process.wait(60) == 0
 
 
-def test_it_ends_by_ctrl_c(home, tmp_path):
-    with serving(home, tmp_path / "log") as (process, _):
+def test_it_ends_by_ctrl_c(digits_home, tmp_path):
+    with served(tmp_path, digits_home, *COMMAND) as server:
+        process = server.process
         workers = psutil.Process(process.pid).children()
         # A terminal sends it to all of them.
         for each in (process, *workers):
             os.kill(each.pid, signal.SIGINT)
         assert process.wait(60) == 0
-        assert "Traceback" not in (tmp_path / "log").read_text()
+        assert "Traceback" not in server.log

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,69 +13,24 @@ import pytest
 from PIL import Image
 
 from bentoml_detectron import Detections, demo
+from servers import BENTOML, environment, served, write_service
 from support import run_python
 
 pytestmark = pytest.mark.slow
-BENTOML = Path(sys.executable).with_name("bentoml")
 IMAGE = demo.images()[3]
-
-
-def free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return int(each.getsockname()[1])
-
-
-@contextmanager
-def served(folder: Path, home: Path, *arguments: str, target: str = "service:service") -> Iterator[str]:
-    """The address of a server that is ready; it is ended by SIGTERM."""
-    port = free_port()
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [str(BENTOML), "serve", target, "--host", "127.0.0.1", "--port", str(port), *arguments],
-            cwd=folder, env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while status(f"{url}/readyz") != 200:
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
-def status(url: str) -> int | None:
-    try:
-        return httpx.get(url, timeout=5).status_code
-    except httpx.HTTPError:
-        return None
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A model store with the demo model as ``digits``."""
-    home = tmp_path_factory.mktemp("home")
-    code = "import bentoml\nfrom bentoml_detectron import demo\nbentoml.detectron.save_model('digits', demo.predictor())"
-    run_python(code, BENTOML_HOME=str(home))
-    return home
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
-    (folder / "service.py").write_text("import bentoml\n\nservice = bentoml.detectron.get_service('digits:latest')\n")
+    write_service(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def url(project, home) -> Iterator[str]:
-    with served(project, home) as url:
-        yield url
+def url(project, digits_home) -> Iterator[str]:
+    with served(project, digits_home) as server:
+        yield server.url
 
 
 def test_form_gives_what_the_predictor_gives(url, demo_predictor):
@@ -199,36 +149,35 @@ def test_concurrent_requests_of_different_thresholds_run_as_one_batch(url):
     assert after[0] - before[0] < 12
 
 
-def test_token_is_asked_for_before_the_body_is_read(project, home, monkeypatch):
-    monkeypatch.setenv("BENTOML_DETECTRON_TOKEN", "secret")
-    with served(project, home) as url:
+def test_token_is_asked_for_before_the_body_is_read(project, digits_home):
+    with served(project, digits_home, BENTOML_DETECTRON_TOKEN="secret") as server:
+        url = server.url
         answer = httpx.post(f"{url}/predict", files={"image": IMAGE.read_bytes()})
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         headers = {"authorization": "Bearer secret"}
         assert httpx.post(f"{url}/predict", files={"image": IMAGE.read_bytes()}, headers=headers).status_code == 200
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
             assert b"401" in connection.recv(1000)
 
 
 def bentoml_command(home: Path, *arguments: str, folder: Path) -> str:
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
     result = subprocess.run(
-        [str(BENTOML), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [str(BENTOML), *arguments], cwd=folder, env=environment(home), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_bento_carries_the_model_and_serves_where_the_store_is_gone(project, home, tmp_path):
+def test_bento_carries_the_model_and_serves_where_the_store_is_gone(project, digits_home, tmp_path):
     """Built, exported, imported into an empty home, and served from another folder."""
     (project / "bentofile.yaml").write_text("service: 'service:service'\ninclude: ['service.py']\n")
-    tag = bentoml_command(home, "build", "--output", "tag", folder=project).strip().rpartition("__tag__:")[2]
-    bentoml_command(home, "export", tag, str(tmp_path / "it.bento"), folder=project)
+    tag = bentoml_command(digits_home, "build", "--output", "tag", folder=project).strip().rpartition("__tag__:")[2]
+    bentoml_command(digits_home, "export", tag, str(tmp_path / "it.bento"), folder=project)
     empty = tmp_path / "empty"
     empty.mkdir()
     bentoml_command(empty, "import", str(tmp_path / "it.bento"), folder=tmp_path)
-    with served(tmp_path, empty, target=tag) as url:
-        assert len(httpx.post(f"{url}/predict", files={"image": IMAGE.read_bytes()}, timeout=60).json()["scores"]) > 5
+    with served(tmp_path, empty, "serve", tag, "--host", "127.0.0.1") as server:
+        assert len(httpx.post(f"{server.url}/predict", files={"image": IMAGE.read_bytes()}, timeout=60).json()["scores"]) > 5
     dockerfile = (empty / "bentos" / tag.replace(":", "/") / "env" / "docker" / "Dockerfile").read_text()
     assert "github.com/facebookresearch/detectron2.git" in dockerfile

@@ -8,113 +8,37 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from bentoml_detectron import demo
-from support import run_python
+from servers import Server, started, write_service
 
 pytestmark = pytest.mark.slow
-BENTOML = Path(sys.executable).with_name("bentoml")
 IMAGE = demo.images()[3].read_bytes()
 WHOLE = "BENTOML_DETECTRON_WHOLE" in os.environ
 """Whether the restart test shall send 1,000 requests across 5 restarts, which takes minutes; otherwise 2 restarts."""
 
 
-def free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return int(each.getsockname()[1])
-
-
-class Server:
-    """A server that was started, by its port, process and log."""
-
-    def __init__(self, folder: Path, port: int, process: subprocess.Popen[bytes]) -> None:
-        self.port = port
-        self.process = process
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = folder / "server.log"
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def workers(self) -> set[int]:
-        return {each.pid for each in psutil.Process(self.process.pid).children() if each.status() != psutil.STATUS_ZOMBIE}
-
-    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.log
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.05)
-
-    def ready(self) -> tuple[int, str]:
-        try:
-            answer = httpx.get(f"{self.url}/readyz", timeout=5)
-        except httpx.HTTPError as exc:
-            return 0, str(exc)
-        return answer.status_code, answer.text
-
-    def metrics(self) -> dict[str, float]:
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
-
-    def predict(self, content: bytes = IMAGE) -> httpx.Response:
-        return httpx.post(f"{self.url}/predict", content=content, headers={"content-type": "image/jpeg"}, timeout=60)
-
-    def half_sent(self, sent: bytes, length: int) -> socket.socket:
-        """A connection with a request of which only a part is sent."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        head = f"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {length}\r\n\r\n"
-        connection.sendall(head.encode() + sent)
-        return connection
-
-
 @contextmanager
-def started(folder: Path, home: Path, arguments: str) -> Iterator[Server]:
-    """A server of ``get_service('digits:latest', ARGUMENTS)``, which need not be ready."""
-    code = f"import bentoml\nfrom bentoml_detectron import Settings\n\nservice = bentoml.detectron.get_service({arguments})\n"
-    (folder / "service.py").write_text(code)
-    port = free_port()
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [str(BENTOML), "serve", "service:service", "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder, env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
-    try:
-        yield Server(folder, port, process)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(60)
+def starting(folder: Path, home: Path, arguments: str) -> Iterator[Server]:
+    """A server of ``get_service(ARGUMENTS)``, which need not be ready."""
+    write_service(folder, arguments)
+    with started(folder, home) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A model store with the demo model as ``digits``."""
-    home = tmp_path_factory.mktemp("home")
-    code = "import bentoml\nfrom bentoml_detectron import demo\nbentoml.detectron.save_model('digits', demo.predictor())"
-    run_python(code, BENTOML_HOME=str(home))
-    return home
-
-
-@pytest.fixture(scope="module")
-def tight(tmp_path_factory, home) -> Iterator[Server]:
+def tight(tmp_path_factory, digits_home) -> Iterator[Server]:
     """A server with one worker and small limits."""
     settings = "max_queue=3, max_held_bytes=3_000_000, max_body_bytes=2_000_000, request_seconds=8, drain_seconds=3"
-    with started(tmp_path_factory.mktemp("tight"), home, f"'digits:latest', settings=Settings({settings})") as server:
+    with starting(tmp_path_factory.mktemp("tight"), digits_home, f"'digits:latest', settings=Settings({settings})") as server:
         said = set()
         while 200 not in {status for status, _ in said}:
             server.until(lambda: server.ready()[0] != 0)
@@ -128,7 +52,7 @@ def tight(tmp_path_factory, home) -> Iterator[Server]:
 def test_beyond_the_queue_503_and_when_to_ask_again(tight):
     before = tight.metrics()["detectron_batch_images_sum"]
     answers: list[httpx.Response] = []
-    threads = [threading.Thread(target=lambda: answers.append(tight.predict())) for _ in range(24)]
+    threads = [threading.Thread(target=lambda: answers.append(tight.predict(IMAGE))) for _ in range(24)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -148,7 +72,7 @@ def test_beyond_the_queue_503_and_when_to_ask_again(tight):
 
 
 def test_server_timing_has_all_stages_also_where_a_request_fails(tight):
-    good, bad = tight.predict(), tight.predict(IMAGE[: len(IMAGE) // 2])
+    good, bad = tight.predict(IMAGE), tight.predict(IMAGE[: len(IMAGE) // 2])
     assert bad.status_code == 400
     stages = re.findall(r"(\w+);dur=[\d.]+", good.headers["server-timing"])
     assert stages == ["read", "predict", "decode", "preprocess", "queue", "forward", "postprocess", "encode", "total"]
@@ -158,7 +82,7 @@ def test_server_timing_has_all_stages_also_where_a_request_fails(tight):
 
 def test_slow_senders_hold_no_place_at_the_model(tight):
     connections = [tight.half_sent(IMAGE[:100], len(IMAGE)) for _ in range(30)]
-    assert tight.predict().status_code == 200
+    assert tight.predict(IMAGE).status_code == 200
     # And nothing is lost by being slow.
     connections[0].sendall(IMAGE[100:])
     assert connections[0].recv(100).startswith(b"HTTP/1.1 200")
@@ -173,7 +97,7 @@ def test_bodies_that_arrive_take_no_more_memory_than_they_may(tight):
     assert len(refused) < 3
     for each in connections:
         each.close()
-    tight.until(lambda: tight.predict().status_code == 200, 30)
+    tight.until(lambda: tight.predict(IMAGE).status_code == 200, 30)
     assert tight.predict(b"\xff\xd8\xff" + bytes(1_900_000)).status_code == 400  # what they held is free again
 
 
@@ -200,7 +124,7 @@ def test_labels_are_the_models_classes_and_names_of_errors(tight):
     httpx.post(f"{tight.url}/predict?classes=xyzzy", content=IMAGE, headers={"content-type": "image/jpeg"}, timeout=60)
     httpx.post(f"{tight.url}/predict?plugh=1", content=IMAGE, headers={"content-type": "image/plugh"}, timeout=60)
     httpx.post(f"{tight.url}/xyzzy", content=IMAGE, timeout=60)
-    tight.predict()
+    tight.predict(IMAGE)
     text = httpx.get(f"{tight.url}/metrics", timeout=30).text
     assert not [line for line in text.splitlines() for mark in marks if mark in line]
     assert set(re.findall(r'detectron_detections_total{class_name="(.*?)"}', text)) <= set("0123456789")
@@ -211,7 +135,7 @@ def test_end_is_said_first_and_what_is_in_flight_is_answered(tight):
     connection = tight.half_sent(IMAGE[:100], len(IMAGE))
     tight.process.send_signal(signal.SIGTERM)
     tight.until(lambda: tight.ready() == (503, "the server is shutting down"), 3)
-    answer = tight.predict()  # who has not heard of it yet
+    answer = tight.predict(IMAGE)  # who has not heard of it yet
     assert (answer.status_code, answer.headers["connection"]) == (200, "close")
     time.sleep(3.5)  # until it listens no more
     connection.sendall(IMAGE[100:])
@@ -246,8 +170,8 @@ class Client(threading.Thread):
                 self.error = exc
 
 
-def test_restart_behind_two_workers_loses_no_request(tmp_path, home):
-    with started(tmp_path, home, "'digits:latest', workers=2") as server:
+def test_restart_behind_two_workers_loses_no_request(tmp_path, digits_home):
+    with starting(tmp_path, digits_home, "'digits:latest', workers=2") as server:
         server.until(lambda: server.log.count("is ready") == 2)
         clients = [Client(server.port) for _ in range(3)]
         for client in clients:
@@ -276,16 +200,16 @@ def test_restart_behind_two_workers_loses_no_request(tmp_path, home):
         assert set(statuses) == {200}
 
 
-def test_model_that_cannot_be_loaded_is_said_and_nothing_loops(tmp_path, home):
+def test_model_that_cannot_be_loaded_is_said_and_nothing_loops(tmp_path, digits_home):
     broken = tmp_path / "broken"
-    shutil.copytree(home, broken)
+    shutil.copytree(digits_home, broken)
     (weights,) = broken.glob("models/digits/*/saved_model.pth")
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with started(tmp_path, broken, "'digits:latest'") as server:
+    with starting(tmp_path, broken, "'digits:latest'") as server:
         server.until(lambda: "cannot be loaded" in server.ready()[1])
         before = server.workers()
         status, why = server.ready()
-        answer = server.predict()
+        answer = server.predict(IMAGE)
         assert (status, answer.status_code) == (503, 503)
         assert why == answer.json()["error"]
         assert "saved_model.pth" in why

@@ -26,7 +26,7 @@ from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.images import Limits
 from bentoml_detectron.masks import decode
 from bentoml_detectron.options import Options, options
-from bentoml_detectron.predictor import Predictor, free_memory
+from bentoml_detectron.predictor import MOST_PIXELS_ON_CPU, Predictor, free_memory
 from bentoml_detectron.results import Detections
 from support import built, checkpoint, picture, tiny_cfg
 from zoo import PROJECTS, ZOO, zoo_config
@@ -176,6 +176,16 @@ class TestBatches:
         assert [shape[0] for shape in shapes] == [3, 2]
         assert 0 < free_memory(torch.device("cpu")) < 1 << 45
 
+    def test_default_budget_on_the_cpu_has_a_bound_whatever_memory_is_free(self, module, monkeypatch, shapes):
+        monkeypatch.setattr("bentoml_detectron.predictor.free_memory", lambda device: 1 << 50)
+        images = [picture(320, 320)] * 8
+        self.unresized(module)(images)
+        most = MOST_PIXELS_ON_CPU // (320 * 320)
+        assert 1 < most < len(images)
+        assert [shape[0] for shape in shapes] == [most] * (len(images) // most) + [len(images) % most] * (
+            len(images) % most > 0
+        )
+
     def test_results_come_in_the_order_of_the_images(self, module):
         sizes = [(64, 80), (96, 64), (50, 70), (64, 90), (96, 60)]
         found = self.unresized(module)([picture(*size) for size in sizes])
@@ -185,7 +195,7 @@ class TestBatches:
         assert self.unresized(module)([]) == []
 
     def test_together_and_alone_differ_by_rounding_only(self, demo_predictor):
-        """The largest difference that ``benchmarks/bench_predictor.py`` printed for these scores was 2.3e-6."""
+        """The largest difference that ``benchmarks/bench_predictor.py`` printed for these scores was 1.9e-06."""
         predictor = of(demo_predictor.cfg, demo_predictor.model)
         images = [pixels(index) for index in range(6)]
         for together, image in zip(predictor(images), images, strict=True):

@@ -10,21 +10,16 @@ import asyncio
 import io
 import json
 import logging
-import os
 import random
 import re
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -45,7 +40,7 @@ from bentoml_detectron.service import logs
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
 from bentoml_detectron.service.openapi import document
-from support import run_python
+from servers import Server, served, write_service
 
 pytestmark = pytest.mark.slow
 
@@ -513,51 +508,13 @@ def test_generated_requests_are_4xx_with_a_reason(site):
     send()
 
 
-def start(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "True", "OMP_NUM_THREADS": "1"}
-    save = "import bentoml\nfrom bentoml_detectron import demo\nbentoml.detectron.save_model('digits', demo.predictor())"
-    (folder / "home").mkdir()
-    run_python(save, BENTOML_HOME=str(folder / "home"))
-    (folder / "service.py").write_text("import bentoml\n\nservice = bentoml.detectron.get_service('digits:latest')\n")
-    command = [
-        str(Path(sys.executable).with_name("bentoml")),
-        "serve",
-        "service:service",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    with (folder / "server.log").open("w") as log:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-
-
-def ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterable[tuple[str, Path]]:
-    """Address and log of a BentoML server of the demo model."""
+def server(tmp_path_factory, digits_home) -> Iterable[Server]:
+    """A BentoML server of the demo model."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        port = each.getsockname()[1]
-    process = start(folder, port)
-    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
-    try:
-        deadline = time.monotonic() + 120
-        while not ready(url):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield url, log
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+    write_service(folder)
+    with served(folder, digits_home) as server:
+        yield server
 
 
 def raw(url: str, content: bytes) -> bytes:
@@ -591,7 +548,7 @@ class Listener:
 
 @pytest.mark.slow
 def test_urls_in_place_of_files_are_never_fetched(server):
-    url, log = server
+    url = server.url
     listener = Listener()
     there = listener.url
     spellings: list[dict[str, Any]] = [
@@ -620,12 +577,12 @@ def test_urls_in_place_of_files_are_never_fetched(server):
     time.sleep(0.2)
     assert listener.connections == 1  # it does listen
     listener.socket.close()
-    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in server.log
 
 
 @pytest.mark.slow
 def test_server_and_its_log_stand_what_its_own_middlewares_do_not(server):
-    url, log = server
+    url = server.url
     end = b"host: x\r\nconnection: close\r\n\r\n"
     assert b" 404 " in raw(url, b"GET /a%0a2026-11-23T00:00:00+0000%20[INFO]%20forged%1b[31m HTTP/1.1\r\n" + end)
     assert b" 415 " in raw(url, b"POST /predict HTTP/1.1\r\ncontent-type: a\x1b[31m/\xff\\\r\ncontent-length: 0\r\n" + end)
@@ -637,7 +594,7 @@ def test_server_and_its_log_stand_what_its_own_middlewares_do_not(server):
     for index in range(50):
         assert httpx.get(f"{url}/none{index}").status_code == 404
     assert "/none" not in httpx.get(f"{url}/metrics").text
-    text = log.read_text()
+    text = server.log
     assert "Traceback" not in text
     assert "\x1b" not in text
     assert "\\n2026-11-23T00:00:00+0000 [INFO] forged\\x1b[31m" in text
@@ -655,7 +612,7 @@ def test_answers_hold_against_the_openapi_document(server):
             checks.negative_data_rejection, checks.allow_header_conformance, checks.unsupported_method]  # fmt: skip
     for kind in ("image/jpeg", "image/png", "image/webp", "image/bmp", "application/octet-stream"):
         schemathesis.openapi.media_type(kind, st.one_of(st.binary(max_size=99), st.just(IMAGE)))
-    schema = schemathesis.openapi.from_url(f"{server[0]}/docs.json")
+    schema = schemathesis.openapi.from_url(f"{server.url}/docs.json")
     session = requests.Session()
     statuses: Counter[int] = Counter()
     for operation in (each.ok() for each in schema.get_all_operations() if each.ok().method == "post"):
@@ -673,4 +630,4 @@ def test_answers_hold_against_the_openapi_document(server):
 
             send()
     assert {200, 400, 415} <= statuses.keys()
-    assert "Traceback" not in server[1].read_text()
+    assert "Traceback" not in server.log
