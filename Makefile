@@ -9,7 +9,7 @@ export BENTOML_DO_NOT_TRACK := True
 # One thread a test process: two processes share two cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: help setup demo test test-fast test-gpu check bench format train-demo clean
+.PHONY: help setup demo test chromium test-fast test-gpu check bench format train-demo clean
 
 help:
 	@echo "make demo       save, load and run the demo model; writes demo.png"
@@ -47,9 +47,15 @@ demo: .venv/.wheel
 	@echo "== Saving, loading and running the demo model"
 	@$(BIN)/bentoml detectron demo --output demo.png
 
-test: .venv/.wheel
+test: .venv/.wheel chromium
 	@echo "== Running all tests"
 	@$(PYTEST) tests
+
+# For the tests of the page, which are skipped where there is none.
+chromium:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && echo "== Installing Chromium" \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null 2>&1; } \
+		|| echo "== No Chromium can be installed here: the tests of the page are skipped"
 
 test-fast: .venv/.wheel
 	@echo "== Running the fast tests"

@@ -13,15 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from bentoml_detectron import Detections, demo
+from servers import served
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-def run_in_shell(text: str, folder: Path) -> None:
-    """Lines with a dollar are commands; what follows is their output."""
+def run_in_shell(text: str, folder: Path) -> str:
+    """Lines with a dollar are commands; what follows is their output. Gives what all of them print."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    printed = ""
     for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
         result = subprocess.run(
             command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
@@ -29,6 +33,8 @@ def run_in_shell(text: str, folder: Path) -> None:
         assert result.returncode == 0, result.stderr
         if output:
             assert output.strip() in result.stdout
+        printed += result.stdout
+    return printed
 
 
 def run_session(text: str, namespace: dict) -> None:
@@ -44,8 +50,16 @@ def run_session(text: str, namespace: dict) -> None:
 def test_every_block(tmp_path, monkeypatch):
     assert len(BLOCKS) >= 8
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.jpg").write_bytes(demo.images()[3].read_bytes())
+    with contextlib.ExitStack() as servers:
+        run_blocks(tmp_path, servers)
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+def run_blocks(folder: Path, servers: contextlib.ExitStack) -> None:
+    """A server runs to the end, on a free port of its own."""
     namespace: dict = {}
-    printed = ""
+    printed = address = ""
     for language, text in BLOCKS:
         if language == "python" and text.startswith(">>>"):
             run_session(text, namespace)
@@ -56,11 +70,18 @@ def test_every_block(tmp_path, monkeypatch):
             printed = output.getvalue()
         elif language == "output":
             assert printed == text
+        elif language == "console" and text.startswith("$ bentoml serve "):
+            command = (*text.split()[2:], "--host", "127.0.0.1")
+            server = servers.enter_context(served(folder, Path(os.environ["BENTOML_HOME"]), *command))
+            address = f"127.0.0.1:{server.port}"
+        elif language == "console" and text.startswith("$ curl "):
+            assert address, "nothing serves yet"
+            assert len(Detections.from_json(run_in_shell(text.replace("127.0.0.1:3000", address), folder))) == 7
         elif language == "console":
-            run_in_shell(text, tmp_path)
+            run_in_shell(text, folder)
         else:
             pytest.fail(f"the README has a block of {language!r}, which no test runs")
-    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    assert address
 
 
 def test_quoted_table_is_of_the_shipped_weights():
@@ -77,6 +98,11 @@ def test_quoted_table_is_of_the_shipped_weights():
         digest.update(name.encode())
         digest.update(state[name].contiguous().numpy().tobytes())
     assert digest.hexdigest()[:16] in README
+
+
+def test_no_command_is_outside_a_block():
+    outside = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r"^    .*", outside, re.MULTILINE)
 
 
 def test_links_lead_somewhere():

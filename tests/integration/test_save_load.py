@@ -32,6 +32,7 @@ torch.save({"boxes": result.pred_boxes.tensor, "scores": result.scores, "classes
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["predictor", "module"])
 def test_saved_model_is_whole_after_its_checkpoint_is_gone(kind, tmp_path, demo_image):
     """In another process, without network and without the original file, the outputs are the same bit for bit."""

@@ -63,11 +63,21 @@ def sentinel(tmp_path, monkeypatch):
     assert not {"evil_module", "detectron2_evil"} & set(sys.modules), "a module that the model names was imported"
 
 
+@pytest.fixture(scope="module")
+def saved_once(module, cfg, store, tmp_path_factory) -> Path:
+    """A saved model, and the file that names it the latest, outside the store."""
+    folder = tmp_path_factory.mktemp("saved") / "forged"
+    bentoml.detectron.save_model("forged", module, cfg)
+    shutil.move(store / "forged", folder)
+    return folder
+
+
 @pytest.fixture
-def forged(module, cfg, store, sentinel):
+def forged(saved_once, store, sentinel):
     """A saved model whose files the test may forge, in the store."""
-    saved = bentoml.detectron.save_model("forged", module, cfg)
-    yield Path(saved.path)
+    shutil.copytree(saved_once, store / "forged")
+    (model,) = (each for each in (store / "forged").iterdir() if each.is_dir())
+    yield model
     shutil.rmtree(store / "forged")
 
 

@@ -172,7 +172,8 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
             model, settings.device_id, trust_remote_code=settings.trust_remote_code, trusted=settings.trusted, limits=limits
         )
         _self_test(predictor, model)
-        worker.info = lambda: _info(model, predictor, settings)
+        worker.samples = _samples(predictor)
+        worker.info = lambda: {**_info(model, predictor, settings), "samples": list(worker.samples)}
         logger.info("%s is ready", model.tag)
         return predictor
 
@@ -212,6 +213,16 @@ def _self_test(predictor: Predictor, model: bentoml.Model) -> None:
     _, problems = selftest.check(due, predictor.model, predictor.input, predictor.dataset)
     if problems:
         raise InvalidModelError(f"{model.tag} fails its self-test: {'; '.join(problems)}", value=problems)
+
+
+def _samples(predictor: Predictor) -> dict[str, Path]:
+    """Sample images for the page, by their names: the demo's, where the model is for what is on these."""
+    from bentoml_detectron import demo
+
+    dataset = predictor.dataset
+    if dataset is None or (dataset.name, tuple(dataset.thing_classes or ())) != (demo.DATASET, demo.CLASSES):
+        return {}
+    return {path.name: path for path in demo.images()[:6]}
 
 
 def _info(model: bentoml.Model, predictor: Predictor, settings: Settings) -> dict[str, Any]:

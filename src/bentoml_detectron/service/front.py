@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
 
@@ -19,6 +20,7 @@ from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedEr
 from bentoml_detectron.service import gate
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.metrics import STAGES, Metrics
+from bentoml_detectron.service.page import page
 from bentoml_detectron.service.requests import Call, DisconnectedError, read
 
 logger = logging.getLogger("bentoml.detectron")
@@ -30,7 +32,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 TIMED = ("read", "predict", *STAGES)
 """Stages in ``Server-Timing``; "predict" is all from "decode" to "postprocess", waits for threads included."""
-_PAGE = Path(__file__).with_name("page.html")
+_OPEN = frozenset(["/ui", "/ui/sample", "/docs.json"])
+"""Paths that need no token: a browser's own requests bear none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Worker:
 
     settings: Settings
     info: Callable[[], dict[str, Any]] = dict
+    samples: Mapping[str, Path] = field(default_factory=dict)  # JPEG, by their names
     openapi: Callable[[], dict[str, Any]] = dict
     engine: Engine | None = None
     metrics: Metrics | None = None
@@ -104,7 +108,7 @@ class _Request:
 
 
 class Front:
-    """Answers ``/predict``, ``/render``, ``/info``, ``/ui`` and ``/docs.json``."""
+    """Answers ``/predict``, ``/render``, ``/info``, ``/ui``, ``/ui/sample`` and ``/docs.json``."""
 
     def __init__(self, app: App, worker: Worker) -> None:
         self.app = app
@@ -115,6 +119,7 @@ class Front:
             ("POST", "/render"): self._render,
             ("GET", "/info"): self._info,
             ("GET", "/ui"): self._ui,
+            ("GET", "/ui/sample"): self._sample,
             ("GET", "/docs.json"): self._docs,
         }
         self._paths = {path for _, path in self._routes}
@@ -173,7 +178,7 @@ class Front:
 
     def _is_authorized(self, scope: Scope) -> bool:
         token = self.worker.settings.token
-        if token is None or scope["path"] in ("/ui", "/docs.json"):
+        if token is None or scope["path"] in _OPEN:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, b"Bearer " + token.encode())
@@ -256,10 +261,16 @@ class Front:
         return _json(HTTPStatus.OK, self.worker.info())
 
     async def _ui(self, request: _Request) -> _Answer:
-        return _Answer(HTTPStatus.OK, _PAGE.read_bytes(), b"text/html; charset=utf-8", [
-            (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-             b"img-src blob: data:; connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"),
-        ])  # fmt: skip
+        content, policy = page()
+        return _Answer(HTTPStatus.OK, content, b"text/html; charset=utf-8", [(b"content-security-policy", policy)])
+
+    async def _sample(self, request: _Request) -> _Answer:
+        samples = self.worker.samples
+        name = parse_qs(request.scope["query_string"].decode("latin-1")).get("name", [""])[0]
+        if name not in samples:
+            there = f"there are {', '.join(samples)}" if samples else "this model has none"
+            return _error(HTTPStatus.NOT_FOUND, f"there is no sample {name!r:.100}; {there}")
+        return _Answer(HTTPStatus.OK, samples[name].read_bytes(), b"image/jpeg")
 
     async def _docs(self, request: _Request) -> _Answer:
         return _json(HTTPStatus.OK, self.worker.openapi())
