@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +31,7 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 import bench_masks
+import timing
 from bentoml_detectron import draw, masks
 from bentoml_detectron.results import Detections
 
@@ -103,12 +103,6 @@ def check(count: int) -> None:
         raise SystemExit("the masks differ")
 
 
-def seconds(way: Callable[[], np.ndarray]) -> float:
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
@@ -122,11 +116,9 @@ def main() -> None:
     print("| way | ms | times as long as draw, pair by pair |\n|---|---|---|")
     own: list[float] = []
     for name, way in others:
-        pairs = [(seconds(ours[1]), seconds(way)) for _ in range(options.pairs)]
-        own += [first for first, _ in pairs]
-        ratios = sorted(second / first for first, second in pairs)
-        spread = f"{statistics.median(ratios):.1f} (min {ratios[0]:.1f}, max {ratios[-1]:.1f})"
-        print(f"| {name} | {statistics.median(second for _, second in pairs) * 1e3:,.1f} | {spread} |")
+        first, milliseconds, spread = timing.compare(ours[1], way, options.pairs)
+        own += first
+        print(f"| {name} | {milliseconds:,.1f} | {spread} |")
     print(f"| {ours[0]} | {statistics.median(own) * 1e3:,.1f} | |")
 
 

@@ -14,7 +14,6 @@ import hashlib
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -30,15 +29,8 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+import timing
 from bentoml_detectron.artifact import files, weights
-
-
-def seconds(load, tag) -> float:
-    start = time.perf_counter()
-    predictor = load(tag)
-    elapsed = time.perf_counter() - start
-    assert isinstance(predictor, DefaultPredictor)
-    return elapsed
 
 
 def main() -> None:
@@ -54,16 +46,17 @@ def main() -> None:
     tag = bentoml.detectron.save_model("bench", DefaultPredictor(cfg)).tag
 
     ours, theirs = bentoml.detectron.load_model(tag), adapter.load_model(tag)  # warm, and equal
+    if not isinstance(ours, DefaultPredictor) or not isinstance(theirs, DefaultPredictor):
+        raise SystemExit("a loader gives no DefaultPredictor")
     state = theirs.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in ours.model.state_dict().items())
 
-    times = [(seconds(adapter.load_model, tag), seconds(bentoml.detectron.load_model, tag)) for _ in range(pairs)]
+    times = timing.pairs(lambda: adapter.load_model(tag), lambda: bentoml.detectron.load_model(tag), pairs)
     old, new = (statistics.median(column) for column in zip(*times, strict=True))
-    ratios = sorted(a / b for a, b in times)
     print(f"Loading Mask R-CNN R50-FPN, median of {pairs} pairs, {torch.get_num_threads()} threads")
     print("| loader | seconds |\n|---|---|")
     print(f"| BentoML's adapter | {old:.3f} |\n| this package | {new:.3f} |")
-    print(f"ratio, pair by pair: median {statistics.median(ratios):.1f} (min {ratios[0]:.1f}, max {ratios[-1]:.1f})")
+    print(f"ratio, pair by pair: median {timing.spread(a / b for a, b in times)}")
     print_parts(Path(bentoml.detectron.get(tag).path), pairs)
 
 
@@ -78,11 +71,7 @@ def print_parts(folder: Path, runs: int) -> None:
     }
     print(f"\nParts on their own, median of {runs}\n| part | ms |\n|---|---|")
     for name, way in ways.items():
-        times = []
-        for _ in range(runs + 1):
-            start = time.perf_counter()
-            way()
-            times.append((time.perf_counter() - start) * 1e3)
+        times = [timing.seconds(way) * 1e3 for _ in range(runs + 1)]
         print(f"| {name} | {statistics.median(times[1:]):.1f} |")
 
 

@@ -15,7 +15,6 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import pycocotools.mask
 import torch
 from detectron2.layers.mask_ops import paste_masks_in_image
 
+import timing
 from bentoml_detectron import masks
 
 HEIGHT, WIDTH, SIDE = 2160, 3840, 28
@@ -82,23 +82,15 @@ def kilobytes(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def seconds(way: str, soft: torch.Tensor, boxes: torch.Tensor) -> float:
-    start = time.perf_counter()
-    WAYS[way](soft, boxes)
-    return time.perf_counter() - start
-
-
 def report(median_side: int, count: int, pairs: int) -> None:
     soft, boxes = inputs(count, median_side)
     if paste_and_encode(soft, boxes) != without_bitmaps(soft, boxes):  # warms both up, too
         raise SystemExit("the two ways differ")
-    times = [tuple(seconds(way, soft, boxes) for way in WAYS) for _ in range(pairs)]
-    ratios = sorted(old / new for old, new in times)
+    times = timing.pairs(lambda: paste_and_encode(soft, boxes), lambda: without_bitmaps(soft, boxes), pairs)
     for way, column in zip(WAYS, zip(*times, strict=True), strict=True):
         size = f"median {median_side} px"
         print(f"| {size} | {way} | {statistics.median(column) * 1e3:,.0f} | {megabytes(way, count, median_side):,.1f} |")
-    spread = f"min {ratios[0]:.1f}, max {ratios[-1]:.1f}"
-    print(f"| | ratio, pair by pair | {statistics.median(ratios):.1f} ({spread}) | |", flush=True)
+    print(f"| | ratio, pair by pair | {timing.spread(old / new for old, new in times)} | |", flush=True)
 
 
 def main() -> None:

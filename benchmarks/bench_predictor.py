@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
 
+import timing
 from bentoml_detectron import demo
 from bentoml_detectron.artifact import config
 from bentoml_detectron.predictor import Predictor
@@ -67,12 +67,6 @@ def pictures(count: int, size: tuple[int, int] | None) -> list[np.ndarray]:
     return [np.ascontiguousarray(np.asarray(image)[:, :, ::-1]) for image in found]
 
 
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def of(theirs: DefaultPredictor, **arguments) -> Predictor:
     return Predictor(theirs.model, config.input_of(theirs.cfg), config.dataset_of(theirs.cfg), **arguments)
 
@@ -89,7 +83,7 @@ def compare_speed(name: str, theirs: DefaultPredictor, size: tuple[int, int] | N
         for way in ways.values():
             way()
         times = [
-            [seconds(lambda way=way: [way() for _ in range(repeat)]) / repeat / count * 1e3 for way in ways.values()]
+            [timing.seconds(lambda way=way: [way() for _ in range(repeat)]) / repeat / count * 1e3 for way in ways.values()]
             for _ in range(pairs)
         ]
         medians = [f"{statistics.median(column):.1f}" for column in zip(*times, strict=True)]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +31,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 
 import bench_masks
+import timing
 from bentoml_detectron.forward import Output
 from bentoml_detectron.options import Options
 from bentoml_detectron.outputs import Names, detections
@@ -99,12 +99,6 @@ def check(found: dict[str, bytes]) -> None:
         raise SystemExit("the ways differ")
 
 
-def seconds(way: Callable[[], bytes]) -> float:
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
@@ -117,11 +111,9 @@ def main() -> None:
     print("| way | ms | bytes | times as long as ours, pair by pair |\n|---|---|---|---|")
     own: list[float] = []
     for name, way in others:
-        pairs = [(seconds(ours[1]), seconds(way)) for _ in range(options.pairs)]
-        own += [first for first, _ in pairs]
-        ratios = sorted(second / first for first, second in pairs)
-        spread = f"{statistics.median(ratios):,.1f} (min {ratios[0]:,.1f}, max {ratios[-1]:,.1f})"
-        print(f"| {name} | {statistics.median(second for _, second in pairs) * 1e3:,.1f} | {len(found[name]):,} | {spread} |")
+        first, milliseconds, spread = timing.compare(ours[1], way, options.pairs)
+        own += first
+        print(f"| {name} | {milliseconds:,.1f} | {len(found[name]):,} | {spread} |")
     print(f"| {ours[0]} | {statistics.median(own) * 1e3:,.1f} | {len(found[ours[0]]):,} | |")
 
 
