@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 
+import serving
 from bentoml_detectron import demo
 
 IMAGE = demo.images()[3].read_bytes()
@@ -103,32 +99,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--times", type=float, default=10)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home, socket.socket() as free:
-        environment = {**os.environ, "BENTOML_HOME": home, "BENTOML_DO_NOT_TRACK": "True"}
-        code = "import bentoml\nfrom bentoml_detectron import demo\nbentoml.detectron.save_model('digits', demo.predictor())"
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        with (Path(home) / "log").open("w") as log:
-            command = [sys.executable, "-m", "bentoml", "detectron", "serve", "digits", "--port", str(port)]
-            server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            wait(server, port)
-            measure(port, options.seconds, options.times)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
-
-
-def wait(server: subprocess.Popen[bytes], port: int) -> None:
-    while server.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    sys.exit("the server ended")
+    with tempfile.TemporaryDirectory() as home:
+        serving.save_demo(home)
+        command = [sys.executable, "-m", "bentoml", "detectron", "serve", "digits", "--port", "PORT"]
+        with serving.started(command, serving.environment(home), Path(home) / "log") as server:
+            server.wait()
+            measure(server.port, options.seconds, options.times)
 
 
 if __name__ == "__main__":
