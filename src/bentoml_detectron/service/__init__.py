@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,13 +58,13 @@ def get_service(
     Args:
         bento_model: The model, or its tag, in BentoML's model store.
         settings: Limits and the device.
-        **service_config: BentoML's own configuration: ``name``, ``workers``, ``traffic``, ``resources`` and so on.
+        **service_config: BentoML's own configuration: ``name``, ``workers``, ``traffic``, ``path_prefix``, ``http`` and so on.
 
     Returns:
         The service.
 
     Raises:
-        InvalidArgumentError: (``ValueError``) `bento_model` is no tag.
+        InvalidArgumentError: (``ValueError``) `bento_model` is no tag, or ``path_prefix`` is no path.
 
     Example::
 
@@ -78,6 +79,9 @@ def get_service(
     worker = Worker(_with_token(settings or Settings()))
     service_config.setdefault("name", f"detectron-{model.tag.name}")
     service_config.setdefault("image", container_image())
+    prefix = _prefix(service_config.get("path_prefix"))
+    if prefix:
+        service_config["path_prefix"] = prefix
     # BentoML's own deadline comes after this package's, which counts what it ends.
     service_config["traffic"] = {"timeout": worker.settings.request_seconds + 10, **service_config.get("traffic", {})}
 
@@ -89,7 +93,7 @@ def get_service(
 
         def __init__(self) -> None:
             _start(worker, lambda: self.bento_model, service_config.get("workers") or 1)
-            worker.openapi = lambda: document(service.name)
+            worker.openapi = lambda: document(service.name, prefix)
 
         # The middleware answers for these two; they are here for BentoML's clients, which ask the service for its methods.
         @bentoml.api(route="/predict")  # type: ignore[untyped-decorator]
@@ -135,7 +139,7 @@ def get_service(
                 await asyncio.to_thread(worker.engine.join, 10.0)
 
     service: bentoml.Service[Any] = DetectronService
-    service.add_asgi_middleware(Front, worker=worker)
+    service.add_asgi_middleware(Front, worker=worker, prefix=prefix)
     return service
 
 
@@ -149,6 +153,19 @@ def container_image() -> bentoml.images.Image:
     image.python_packages("torch", "torchvision", "setuptools<81", "supervision", f"bentoml-detectron=={__version__}")
     image.run("pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'")
     return image
+
+
+def _prefix(given: object) -> str:
+    """What stands before all paths: "" or "/v1", as BentoML's routes have it for "v1", "/v1" and "/v1/".
+
+    Raises:
+        InvalidArgumentError: It is no path; Starlette would take braces for parameters.
+    """
+    if not given:
+        return ""
+    if not isinstance(given, str) or not re.fullmatch(r"/?[\w.~-]+(/[\w.~-]+)*/?", given, re.ASCII):
+        raise InvalidArgumentError(f"path_prefix is {given!r}; give a path such as '/v1'", value=given)
+    return "/" + given.strip("/")
 
 
 def _with_token(settings: Settings) -> Settings:

@@ -34,6 +34,8 @@ TIMED = ("read", "predict", *STAGES)
 """Stages in ``Server-Timing``; "predict" is all from "decode" to "postprocess", waits for threads included."""
 _OPEN = frozenset(["/ui", "/ui/sample", "/docs.json"])
 """Paths that need no token: a browser's own requests bear none."""
+CLIENT_CLOSED = 499
+"""Status of a request whose client left before its answer, in metrics and the log: nginx's, which HTTP does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,14 @@ class _Request:
 
 
 class Front:
-    """Answers ``/predict``, ``/render``, ``/info``, ``/ui``, ``/ui/sample`` and ``/docs.json``."""
+    """Answers ``/predict``, ``/render``, ``/info``, ``/ui``, ``/ui/sample`` and ``/docs.json``, below the service's prefix of paths."""
 
-    def __init__(self, app: App, worker: Worker) -> None:
+    def __init__(self, app: App, worker: Worker, prefix: str = "") -> None:
         self.app = app
         self.worker = worker
+        self._prefix = prefix
         self._held = 0
+        self._serve = _with_cors(self._respond)
         self._routes: dict[tuple[str, str], Callable[[_Request], Awaitable[_Answer]]] = {
             ("POST", "/predict"): self._predict,
             ("POST", "/render"): self._render,
@@ -122,7 +126,7 @@ class Front:
             ("GET", "/ui/sample"): self._sample,
             ("GET", "/docs.json"): self._docs,
         }
-        self._paths = {path for _, path in self._routes}
+        self._paths = {prefix + path for _, path in self._routes}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or hands on; see ASGI's specification."""
@@ -131,12 +135,16 @@ class Front:
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self.app(scope, receive, send)
             return
+        await self._serve(scope, receive, send)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive)
         try:
             answer = await self._answer(request)
         except DisconnectedError:
-            self._count_refusal("DisconnectedError", 499)
-            return
+            self._count_refusal("DisconnectedError", CLIENT_CLOSED)
+            # Nobody reads it, but BentoML's TimeoutMiddleware waits for an answer, and the server's end for that.
+            answer = _error(CLIENT_CLOSED, "the client left")
         finally:
             self._held -= request.held
         answer.headers.append((b"server-timing", _server_timing(request)))
@@ -147,9 +155,10 @@ class Front:
     async def _answer(self, request: _Request) -> _Answer:
         scope = request.scope
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        route = self._routes.get((method, scope["path"]))
+        own = scope["path"].removeprefix(self._prefix)
+        route = self._routes.get((method, own))
         if route is None:
-            allowed = ", ".join(m for m, path in self._routes if path == scope["path"])
+            allowed = ", ".join(m for m, path in self._routes if path == own)
             return _error(HTTPStatus.METHOD_NOT_ALLOWED, f"{scope['path']} takes {allowed}", [(b"allow", allowed.encode())])
         if not self._is_authorized(scope):
             self._count_refusal("Unauthorized", HTTPStatus.UNAUTHORIZED)
@@ -178,7 +187,7 @@ class Front:
 
     def _is_authorized(self, scope: Scope) -> bool:
         token = self.worker.settings.token
-        if token is None or scope["path"] in _OPEN:
+        if token is None or scope["path"].removeprefix(self._prefix) in _OPEN:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, b"Bearer " + token.encode())
@@ -284,6 +293,16 @@ class Front:
     def _limits(self) -> Any:
         predictor = self._engine().predictor
         return predictor.limits if predictor is not None else None
+
+
+def _with_cors(app: App) -> App:
+    """The same with BentoML's CORS, if that is configured; BentoML's own stands behind this middleware."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    from starlette.middleware.cors import CORSMiddleware
+
+    if not BentoMLContainer.http.cors.enabled.get():
+        return app
+    return CORSMiddleware(app, **BentoMLContainer.access_control_options.get())  # type: ignore[return-value]
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """What stands around all of BentoML's own middlewares, some of which fail on what any client may send.
 
 - OpenTelemetry's and the access log's decode headers as UTF-8, and fail if they are not.
-- Each path that is asked for becomes a label of BentoML's metrics, and stays one.
+- Each path that is asked for becomes a label of BentoML's metrics, and stays one, also that of a static file that is not there.
 - Starlette's routes also match a path with a line end behind it, so that ``/predict%0a`` would pass by this package's
   middleware and reach BentoML's handler, which fetches URLs. The handlers are taken out.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match, Mount
+from starlette.staticfiles import StaticFiles
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -32,6 +34,7 @@ class Gate:
         self._app = app
         self._router = router
         self._paths = paths
+        self._files = {file for route in router.routes for file in _static_files(route)}
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answers 404, or hands on; see ASGI's specification."""
@@ -43,9 +46,10 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
-        if scope["path"] in self._paths:
+        if scope["path"] in self._paths or scope["path"] in self._files:
             return True
-        return scope["path"].isprintable() and any(route.matches(scope)[0] != Match.NONE for route in self._router.routes)
+        routes = (route for route in self._router.routes if not _is_static(route))
+        return scope["path"].isprintable() and any(route.matches(scope)[0] != Match.NONE for route in routes)
 
     async def _refuse(self, scope: Scope, send: Any) -> None:
         known = ", ".join(sorted(self._paths))
@@ -67,6 +71,17 @@ def install(router: Any, paths: Collection[str]) -> None:
     if isinstance(router, Starlette) and router.middleware_stack is not None:
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
         router.middleware_stack = Gate(router.middleware_stack, router, paths)
+
+
+def _is_static(route: BaseRoute) -> bool:
+    return isinstance(route, Mount) and isinstance(route.app, StaticFiles)
+
+
+def _static_files(route: BaseRoute) -> Iterator[str]:
+    """Paths of the files that a route serves, if it serves files."""
+    if isinstance(route, Mount) and isinstance(route.app, StaticFiles):
+        for folder in map(Path, route.app.all_directories):
+            yield from (f"{route.path}/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*") if file.is_file())
 
 
 def _utf8(value: bytes) -> bytes:

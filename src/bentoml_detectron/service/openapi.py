@@ -23,8 +23,8 @@ def schema() -> dict[str, Any]:
     return loaded
 
 
-def document(name: str) -> dict[str, Any]:
-    """The document of a service of that name."""
+def document(name: str, prefix: str = "") -> dict[str, Any]:
+    """The document of a service of that name, whose paths have a prefix."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     detections = {"application/json": {"schema": {"$ref": "#/components/schemas/Detections"}}}
     found = schema()
@@ -33,7 +33,7 @@ def document(name: str) -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": name, "version": __version__, "description": "A Detectron2 model, served by bentoml-detectron."},
-        "servers": [{"url": "/"}],
+        "servers": [{"url": prefix or "/"}],
         "paths": {
             "/predict": {"post": _call("predict", "What the model finds on an image", detections, error)},
             "/render": {"post": _call("render", "The image with what was found drawn on it", {"image/jpeg": {}}, error)},
