@@ -76,6 +76,7 @@ format: .venv/.wheel
 	$(BIN)/ruff format .
 
 bench: .venv/.wheel
+	$(BIN)/pip install --quiet "$$(ls -t build/wheel/bentoml_detectron-*.whl | head -1)[bench]"
 	$(BIN)/python benchmarks/bench_load.py
 	$(BIN)/python benchmarks/bench_save.py
 	$(BIN)/python benchmarks/bench_import.py
@@ -84,6 +85,7 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_results.py
 	$(BIN)/python benchmarks/bench_draw.py
 	$(BIN)/python benchmarks/bench_overload.py
+	$(BIN)/python benchmarks/bench_serve.py
 
 train-demo: .venv/.wheel
 	$(BIN)/python -W ignore tools/train_demo.py

@@ -1,0 +1,316 @@
+"""What the service makes of the model: images a second over HTTP, against the predictor in a process and other servers.
+
+The demo model and its 20 JPEG images of 192x192. The client is wrk with 8 connections and multipart forms; all servers run on
+127.0.0.1 at once, each with one worker and PyTorch's threads as many as there are cores, and are measured in turn:
+
+- the predictor, in this process: from a JPEG's bytes to the bytes of the JSON, in batches of 8 and one by one;
+- this package: ``bentoml detectron serve``;
+- BentoML's own adapter behind a legacy service; FastAPI; LitServe: see ``rivals/``, with Detectron2's JSON, masks as RLE.
+
+Before that, each server's answers are compared with what Detectron2's predictor finds.
+
+Usage::
+
+    python benchmarks/bench_serve.py [--rounds 3] [--seconds 3] [--only NAME ...] [--variants VARIABLE=VALUE ...]
+
+wrk: ``apt-get install wrk``; the other servers: ``pip install 'bentoml-detectron[bench]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+CORES = len(os.sched_getaffinity(0))
+os.environ["OMP_NUM_THREADS"] = str(CORES)
+os.environ["BENTOML_HOME"] = (home := tempfile.TemporaryDirectory(prefix="bench-serve-")).name
+os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+warnings.simplefilter("ignore")
+
+import numpy as np
+import psutil
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+
+import serving
+import timing
+from bentoml_detectron import demo, images, load_predictor
+from bentoml_detectron.predictor import Predictor
+
+CONNECTIONS = 8
+IMAGES = [path.read_bytes() for path in demo.images()]
+BOUNDARY = "----------------bench"
+RIVALS = Path(__file__).with_name("rivals")
+BENTOML = [sys.executable, "-m", "bentoml"]
+OURS, BATCHES, SINGLES = "bentoml detectron serve", "predictor, batches of 8", "predictor, one by one"
+COMMANDS = {
+    OURS: [*BENTOML, "detectron", "serve", "digits", "--port", "PORT"],
+    "BentoML's adapter, legacy service": [
+        *BENTOML, "serve", "legacy:service", "--working-dir", str(RIVALS), "--host", "127.0.0.1", "--port", "PORT",
+        "--api-workers", "1",
+    ],
+    "FastAPI": [sys.executable, str(RIVALS / "with_fastapi.py"), "PORT"],
+    "LitServe": [sys.executable, str(RIVALS / "with_litserve.py"), "PORT"],
+}  # fmt: skip
+CANNED = [*BENTOML, "serve", "canned:service", "--host", "127.0.0.1", "--port", "PORT"]
+SAVE_THEIRS = """
+from bentoml._internal.frameworks import detectron as adapter
+from bentoml_detectron import demo
+adapter.save_model('theirs', demo.predictor())
+"""
+LUA = """
+bodies, turn = {{}}, 0
+for number = 1, {count} do
+  local file = io.open(string.format("{folder}/%d.form", number), "rb")
+  bodies[number] = file:read("*a")
+  file:close()
+end
+wrk.method = "POST"
+wrk.headers["Content-Type"] = "multipart/form-data; boundary={boundary}"
+function request()
+  turn = turn % {count} + 1
+  return wrk.format(nil, nil, nil, bodies[turn])
+end
+function done(summary, latency)
+  local failed = summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.timeout
+  print(string.format("BENCH %d %d %d %f %f", summary.requests, summary.duration, failed,
+    latency:percentile(50) / 1000, latency:percentile(99) / 1000))
+end
+"""
+
+
+def form(image: bytes) -> bytes:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
+    return head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def write_script(folder: Path, images: list[bytes]) -> Path:
+    """A script for wrk that sends these images in turn."""
+    for number, image in enumerate(images, 1):
+        (folder / f"{number}.form").write_bytes(form(image))
+    script = folder / "script.lua"
+    script.write_text(LUA.format(count=len(images), folder=folder, boundary=BOUNDARY))
+    return script
+
+
+@dataclass(frozen=True)
+class Load:
+    """What wrk says: answers, how many a second, and the median and 99th percentile of their latencies in milliseconds."""
+
+    answers: int
+    rate: float
+    median: float
+    last: float
+
+
+def load(url: str, script: Path, seconds: float, connections: int = CONNECTIONS) -> Load:
+    """Asks for some whole seconds."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s", "-s", str(script), url]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60).stdout
+    requests, microseconds, failed, median, last = (float(each) for each in re.search(r"BENCH (.*)", output)[1].split())
+    if failed or not requests:
+        raise SystemExit(f"{failed:.0f} of {requests:.0f} requests to {url} failed:\n{output}")
+    return Load(int(requests), requests / microseconds * 1e6, median, last)
+
+
+def predict_for(predictor: Predictor, batch: int, seconds: float) -> float:
+    """Images a second in this process."""
+    encoded, wanted, done = cycle(IMAGES), predictor.options(), 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for found in predictor.predict(list(islice(encoded, batch)), [wanted] * batch):
+            found.to_json().encode()
+        done += batch
+    return done / (time.perf_counter() - start)
+
+
+def ask(url: str, image: bytes) -> object:
+    request = urllib.request.Request(url, form(image), {"content-type": f"multipart/form-data; boundary={BOUNDARY}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def boxes_of(answer: object) -> np.ndarray:
+    """(N, 4) corners, from this package's JSON or from COCO results."""
+    if isinstance(answer, dict):
+        return np.array(answer["boxes"], np.float32).reshape(-1, 4)
+    found = np.array([each["bbox"] for each in answer], np.float32).reshape(-1, 4)
+    if not all(each["segmentation"]["counts"] for each in answer):
+        raise SystemExit("an answer has no masks")
+    found[:, 2:] += found[:, :2]
+    return found
+
+
+def check(name: str, url: str, theirs: DefaultPredictor) -> None:
+    """Ends the benchmark unless a server finds what Detectron2's predictor finds."""
+    for path, image in zip(demo.images(), IMAGES, strict=True):
+        due = theirs(read_image(str(path), "BGR"))["instances"].pred_boxes.tensor.numpy()
+        found = boxes_of(ask(url, image))
+        if found.shape != due.shape or not np.allclose(found, due, atol=0.05):
+            raise SystemExit(f"{name} finds something else on {path.name}")
+
+
+def report_first(url: str) -> None:
+    """How much longer the first requests take, of a server that is ready and was asked nothing yet."""
+    times = [timing.seconds(lambda image=image: ask(url, image)) * 1e3 for image in IMAGES]
+    first = ", ".join(f"{each:.1f}" for each in times[:3])
+    print(f"first requests one by one: {first} ms; the median of the last ten: {statistics.median(times[-10:]):.1f} ms")
+
+
+def batch_sizes(url: str) -> tuple[float, float]:
+    """Batches, and images in them, so far."""
+    with urllib.request.urlopen(url.replace("/predict", "/metrics"), timeout=60) as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    return float(lines["detectron_batch_images_count"]), float(lines["detectron_batch_images_sum"])
+
+
+def missing() -> list[str]:
+    lacks = [] if shutil.which("wrk") else ["wrk: apt-get install wrk"]
+    for name in ("fastapi", "litserve", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            lacks.append(f"{name}: pip install 'bentoml-detectron[bench]'")
+    return lacks
+
+
+def measure(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Rates by contender, one a round, in turn."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, rate in contenders.items():
+            rates[name].append(rate())
+    return rates
+
+
+def report(rates: dict[str, list[float]], latencies: dict[str, list[tuple[float, float]]], rounds: int) -> None:
+    best = max((BATCHES, SINGLES), key=lambda name: statistics.median(rates[name]))
+    print(f"Images a second, median of {rounds} rounds in turn, {CONNECTIONS} connections, {CORES} cores and PyTorch threads")
+    print("| | images/s | p50 ms | p99 ms | ours as a share, round by round |\n|---|---|---|---|---|")
+    for name, found in rates.items():
+        times = [f"{statistics.median(column):.1f}" for column in zip(*latencies.get(name, []), strict=True)] or ["", ""]
+        share = timing.spread((a / b for a, b in zip(rates[OURS], found, strict=True)), 2)
+        print(
+            f"| {name}{' (the reference)' * (name == best)} | {statistics.median(found):.1f} | {' | '.join(times)} | {share} |"
+        )
+
+
+def photograph() -> bytes:
+    """A JPEG of 640x480: scikit-learn's photograph of a temple, scaled."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_image("china.jpg")).resize((640, 480)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def milliseconds_of_cpu(server: serving.Server, url: str, script: Path, seconds: float, connections: int) -> float:
+    """CPU time of a server's worker for one request, user and system."""
+
+    def spent() -> float:
+        workers = psutil.Process(server.process.pid).children(recursive=True)
+        return sum(sum(each.cpu_times()[:2]) for each in workers)
+
+    before = spent()
+    answers = load(url, script, seconds, connections).answers
+    return (spent() - before) / answers * 1e3
+
+
+def report_cost(folder: Path, seconds: float) -> None:
+    """What the server itself costs: see ``canned.py``."""
+    kinds = {"640x480, 100 found": (photograph(), "100"), "640x480, 10 found": (photograph(), "10")}
+    print("\nCPU of the worker for one request, the model aside; milliseconds\n| | connections | ms | of it decode | bytes |")
+    print("|---|---|---|---|---|")
+    for number, (name, (image, count)) in enumerate(kinds.items()):
+        home_of_it = folder / f"canned{number}"
+        serving.save_demo(str(home_of_it))
+        given = {**serving.environment(str(home_of_it), CORES), "CANNED": count}
+        (forms := folder / f"forms{number}").mkdir()
+        script = write_script(forms, [image])
+        with serving.started(CANNED, given, folder / f"canned{number}.log", Path(__file__).parent) as server:
+            url = f"{server.wait()}/predict"
+            load(url, script, 2)
+            for connections in (1, CONNECTIONS):
+                spent = milliseconds_of_cpu(server, url, script, seconds, connections)
+                print(f"| {name} | {connections} | {spent:.2f} | {decode_milliseconds(image):.2f} | {len(image):,} |")
+
+
+def decode_milliseconds(image: bytes) -> float:
+    """Of one image in this process, median of 100."""
+    return statistics.median(timing.seconds(lambda: images.load(image)) for _ in range(100)) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--only", nargs="*", default=list(COMMANDS), metavar="NAME", help=f"of {', '.join(COMMANDS)}")
+    parser.add_argument(
+        "--variants", nargs="*", default=[], help="this package's server again, each with an environment variable"
+    )
+    options = parser.parse_args()
+    if lacks := missing():
+        sys.exit("missing: " + "; ".join(lacks))
+    folder = Path(home.name)
+    # Servers that share a home share a folder of metrics, too, and each empties it when it starts.
+    their_home = str(folder / "theirs")
+    serving.save_demo(home.name)
+    serving.save_demo(their_home, SAVE_THEIRS)
+    script = write_script(folder, IMAGES)
+    latencies: dict[str, list[tuple[float, float]]] = {}
+    with ExitStack() as stack:
+        servers = {}
+        for number, name in enumerate(options.only):
+            given = serving.environment(home.name if name == OURS else their_home, CORES)
+            servers[name] = stack.enter_context(serving.started(COMMANDS[name], given, folder / f"{number}.log", folder))
+        for variant in options.variants:
+            serving.save_demo(str(folder / variant))
+            given = {**serving.environment(str(folder / variant), CORES), **dict([variant.split("=", 1)])}
+            servers[f"{OURS}, {variant}"] = stack.enter_context(
+                serving.started(COMMANDS[OURS], given, folder / f"{variant}.log", folder)
+            )
+        urls = {name: f"{server.wait()}/predict" for name, server in servers.items()}
+        predictor, theirs = load_predictor("digits"), demo.predictor()
+
+        def over_http(name: str, seconds: float) -> float:
+            found = load(urls[name], script, seconds)
+            latencies.setdefault(name, []).append((found.median, found.last))
+            return found.rate
+
+        report_first(urls[OURS])
+        for name, url in urls.items():
+            check(name, url, theirs)
+            load(url, script, 3)
+        predict_for(predictor, CONNECTIONS, 1)
+        before = batch_sizes(urls[OURS])
+        contenders = {
+            OURS: lambda: over_http(OURS, options.seconds),
+            BATCHES: lambda: predict_for(predictor, CONNECTIONS, options.seconds),
+            SINGLES: lambda: predict_for(predictor, 1, options.seconds),
+            **{name: lambda name=name: over_http(name, options.seconds) for name in urls if name != OURS},
+        }
+        rates = measure(contenders, options.rounds)
+        batches, count = (now - then for now, then in zip(batch_sizes(urls[OURS]), before, strict=True))
+    report(rates, latencies, options.rounds)
+    print(f"batches of ours: {count / batches:.1f} images on average")
+    report_cost(folder, options.seconds)
+
+
+if __name__ == "__main__":
+    main()
