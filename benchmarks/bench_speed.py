@@ -24,7 +24,7 @@ import warnings
 from pathlib import Path
 
 DEFAULT = "DefaultPredictor"
-WAYS = (DEFAULT, "DefaultPredictor, memory kept", "fp32", "bf16", "bf16, without OpenVINO", "whole model in OpenVINO, bf16")
+WAYS = (DEFAULT, "DefaultPredictor, memory kept", "fp32", "bf16", "whole model in OpenVINO, bf16")
 MODELS = ("MASK_RCNN", "FASTER_RCNN", "RETINANET", "KEYPOINT_RCNN", "PANOPTIC_FPN", "demo")
 
 
@@ -76,9 +76,7 @@ def call_of(way: str, model: str, folder: str, images: list):
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultPredictor
 
-    from bentoml_detectron import engines
     from bentoml_detectron.engines.memory import keep_freed_memory
-    from bentoml_detectron.predictor import Predictor
 
     if way in ("fp32", "bf16"):
         predictor = bentoml.detectron.load_predictor(f"{model.lower()}:latest", precision=way)
@@ -86,10 +84,6 @@ def call_of(way: str, model: str, folder: str, images: list):
     cfg = get_cfg()
     cfg.merge_from_file(f"{folder}/{model}.yaml")
     default = DefaultPredictor(cfg)
-    if way == "bf16, without OpenVINO":
-        predictor = bentoml.detectron.load_predictor(f"{model.lower()}:latest")
-        predictor = Predictor(engines.accelerated(default.model, "bf16", engine="eager"), predictor.input, predictor.dataset)
-        return lambda: predictor(images)
     if way == "whole model in OpenVINO, bf16":
         return whole_model(default, images)
     if way == "DefaultPredictor, memory kept":

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from bentoml_detectron.engines import fusion
+
 Run = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 """Computes a part: its input tensors, of any float dtype and layout, to its output tensors."""
 
@@ -22,6 +24,8 @@ def compiled(graph: nn.Module, precision: str) -> Run:
     """
     dtype = DTYPES[precision]
     graph = graph.to(dtype).to(memory_format=torch.channels_last).eval()
+    if fusion.is_there():
+        fusion.fuse(graph)
 
     def run(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return list(graph(*[channels_last(each.to(dtype)) for each in inputs]))

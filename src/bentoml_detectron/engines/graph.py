@@ -44,7 +44,7 @@ def fold(module: nn.Module) -> nn.Module:
     for each in module.modules():
         norm = getattr(each, "norm", None)
         if isinstance(each, Conv2d) and isinstance(each.activation, nn.ReLU):
-            each.activation = torch.relu_  # on the convolution's own output
+            each.activation = nn.ReLU(inplace=True)  # on the convolution's own output
         if not isinstance(each, Conv2d) or not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
             continue
         if norm.running_mean is None or norm.running_var is None:  # it would take the batch's

@@ -19,6 +19,8 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead, ROIHeads
 from torch import nn
 
+from bentoml_detectron.engines.structure import rebuild, tensors
+
 Replacement = Callable[..., Any]
 
 
@@ -114,7 +116,7 @@ class _Replaced(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a part took and gave once."""
+    """What a part took and gave once: tensors in lists, tuples and dicts."""
 
     arguments: tuple[Any, ...]
     output: Any
@@ -129,7 +131,7 @@ def record(model: nn.Module, parts: Sequence[Part], run: Callable[[nn.Module], A
         run: Runs a model on some images.
 
     Returns:
-        One a part that ran.
+        One a part that ran, and gave nothing but tensors.
     """
     found: dict[Part, Example] = {}
 
@@ -137,8 +139,11 @@ def record(model: nn.Module, parts: Sequence[Part], run: Callable[[nn.Module], A
         call = part.of(model)
 
         def recording(*arguments: Any) -> Any:
+            given = _copied(arguments)  # before the call: models change some tensors in place
             output = call(*arguments)
-            found.setdefault(part, Example(arguments, output))
+            given_back = _copied(output)
+            if given is not None and given_back is not None:
+                found.setdefault(part, Example(given, given_back))
             return output
 
         return recording
@@ -146,3 +151,11 @@ def record(model: nn.Module, parts: Sequence[Part], run: Callable[[nn.Module], A
     with torch.inference_mode():
         run(replaced(model, {part: recorder(part) for part in parts}))
     return found
+
+
+def _copied(nested: Any) -> Any:
+    """A copy of nested tensors; None where something else is in there."""
+    try:
+        return rebuild(nested)([each.clone() for each in tensors(nested)])
+    except TypeError:
+        return None

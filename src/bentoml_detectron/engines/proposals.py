@@ -67,8 +67,10 @@ class PredictProposals:
     def _proposals(self, boxes: Boxes, scores: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> Instances:
         """One image's, the best first."""
         finite = torch.isfinite(boxes.tensor).all(dim=1) & torch.isfinite(scores)
-        boxes.clip(size)  # of what is not finite nothing is kept
-        keep = finite & boxes.nonempty(threshold=self._least)
+        if not bool(finite.all()):
+            boxes, scores, levels = boxes[finite], scores[finite], levels[finite]
+        boxes.clip(size)
+        keep = boxes.nonempty(threshold=self._least)
         if not bool(keep.all()):
             boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
         kept = batched_nms(boxes.tensor, scores, levels, self._threshold)[: self._after]

@@ -110,7 +110,7 @@ class _Request:
 
 
 class Front:
-    """Answers ``/predict``, ``/render``, ``/info``, ``/ui``, ``/ui/sample`` and ``/docs.json``, below the service's prefix of paths."""
+    """Answers ``/predict``, ``/render``, ``/info``, ``/ui``, ``/ui/sample`` and ``/docs.json``, below a prefix."""
 
     def __init__(self, app: App, worker: Worker, prefix: str = "") -> None:
         self.app = app

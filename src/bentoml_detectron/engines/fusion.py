@@ -1,0 +1,112 @@
+"""Convolutions that add and rectify on their way out, instead of in passes of their own over memory.
+
+PyTorch has these as the operators that its compiler uses for x86 processors (oneDNN's post-ops). In bf16 a pass over a feature
+map takes as long as the convolution that made it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from detectron2.layers import Conv2d
+from detectron2.modeling.backbone.fpn import FPN
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from torch import nn
+from torch.nn import functional
+
+
+def is_there() -> bool:
+    """Whether this PyTorch has the operators."""
+    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return there and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def fuse(module: nn.Module) -> nn.Module:
+    """Lets the convolutions of a module do what follows them; changes it and gives it back.
+
+    Modules get other ``forward`` functions and stay where they are, since Detectron2 keeps some in lists beside.
+    """
+    each: Any
+    for each in list(module.modules()):
+        if type(each) is BottleneckBlock and all(_is_plain(conv) for conv in (each.conv1, each.conv2, each.conv3)):
+            each.forward = partial(_residual, each, (each.conv1, each.conv2), each.conv3)
+        elif type(each) is BasicBlock and all(_is_plain(conv) for conv in (each.conv1, each.conv2)):
+            each.forward = partial(_residual, each, (each.conv1,), each.conv2)
+        elif type(each) is FPN and all(_is_plain(conv) for conv in (*each.lateral_convs, *each.output_convs)):
+            for conv in each.output_convs:
+                conv.forward = partial(convolved, conv)
+            each.forward = partial(_pyramid, each)
+        elif type(each) is BasicStem and _is_plain(each.conv1):
+            each.forward = partial(_stem, each)
+        elif isinstance(each, nn.Sequential):
+            for conv, relu in pairwise(list[Any](each)):
+                if _is_plain(conv) and type(relu) is nn.ReLU:
+                    conv.forward = partial(convolved, conv, relu=True)
+                    _skip(relu)
+        elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and _is_convolution(each):
+            each.forward = partial(convolved, each, relu=True)
+    return module
+
+
+def _skip(module: Any) -> None:
+    module.forward = lambda x: x
+
+
+def _is_convolution(module: Any) -> bool:
+    """Whether it is a convolution over zeros, with nothing between it and its activation."""
+    return (
+        type(module) in (Conv2d, nn.Conv2d)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and getattr(module, "norm", None) is None
+    )
+
+
+def _is_plain(module: Any) -> bool:
+    return _is_convolution(module) and getattr(module, "activation", None) is None
+
+
+def convolved(conv: Any, x: torch.Tensor, relu: bool = False, add: torch.Tensor | None = None) -> torch.Tensor:
+    """A convolution, plus another tensor, rectified."""
+    if not x.numel():
+        y = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return y  # there is nothing to add to
+    how = (conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    result: torch.Tensor
+    if add is None:
+        result = torch.ops.mkldnn._convolution_pointwise(x, *how, "relu" if relu else "none", [], "")
+    else:
+        result = torch.ops.mkldnn._convolution_pointwise(x, add, *how, "add", 1.0, "relu" if relu else None, [], None)
+    return result
+
+
+def _residual(block: Any, first: tuple[nn.Module, ...], last: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = x
+    for conv in first:
+        y = convolved(conv, y, relu=True)
+    return convolved(last, y, relu=True, add=x if block.shortcut is None else block.shortcut(x))
+
+
+def _pyramid(fpn: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As ``FPN.forward``: each level's lateral convolution adds the level above it, made twice as large."""
+    below = fpn.bottom_up(x)
+    results: list[torch.Tensor] = []
+    above = None
+    for name, lateral, output in zip(reversed(fpn.in_features), fpn.lateral_convs, fpn.output_convs, strict=True):
+        if above is not None:
+            above = functional.interpolate(above, scale_factor=2.0, mode="nearest")
+        above = convolved(lateral, below[name], add=above)
+        if results and fpn._fuse_type == "avg":
+            above /= 2
+        results.insert(0, output(above))
+    if fpn.top_block is not None:
+        name = fpn.top_block.in_feature
+        results += fpn.top_block(below[name] if name in below else results[fpn._out_features.index(name)])
+    return dict(zip(fpn._out_features, results, strict=True))
+
+
+def _stem(stem: Any, x: torch.Tensor) -> torch.Tensor:
+    return functional.max_pool2d(convolved(stem.conv1, x, relu=True), kernel_size=3, stride=2, padding=1)
