@@ -42,17 +42,37 @@ def fuse(module: nn.Module) -> nn.Module:
         elif type(each) is BasicStem and _is_plain(each.conv1):
             each.forward = partial(_stem, each)
         elif isinstance(each, nn.Sequential):
-            for conv, relu in pairwise(list[Any](each)):
-                if _is_plain(conv) and type(relu) is nn.ReLU:
-                    conv.forward = partial(convolved, conv, relu=True)
-                    _skip(relu)
+            for first, then in pairwise(list[Any](each)):
+                _follow(first, then)
         elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and _is_convolution(each):
             each.forward = partial(convolved, each, relu=True)
     return module
 
 
-def _skip(module: Any) -> None:
-    module.forward = lambda x: x
+def _follow(first: Any, then: Any) -> None:
+    """Lets the first of two modules do some of what the next one does."""
+    if _is_plain(first) and type(then) is nn.ReLU:
+        first.forward = partial(convolved, first, relu=True)
+        then.forward = lambda x: x
+    elif type(first) is nn.Flatten and isinstance(then, nn.Linear) and (first.start_dim, first.end_dim) == (1, -1):
+        _flatten_channels_last(first, then)
+
+
+def _flatten_channels_last(flatten: Any, linear: Any) -> None:
+    """Flattens what is channels-last as it lies, without a copy; the first call puts the weights into that order."""
+    is_permuted = False
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        nonlocal is_permuted
+        if x.ndim != 4:
+            return x.flatten(1)
+        if not is_permuted:  # by the call that tries the part, before any thread shares it
+            weight = linear.weight.view(len(linear.weight), *x.shape[1:])
+            linear.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1).contiguous(), requires_grad=False)
+            is_permuted = True
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+    flatten.forward = flat
 
 
 def _is_convolution(module: Any) -> bool:

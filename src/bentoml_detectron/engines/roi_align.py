@@ -62,7 +62,7 @@ def roi_align(
         for some in torch.split(chosen, step):
             y, x = along_y.pixels(some, span_y), along_x.pixels(some, span_x)
             pooled.append(_summed(rows[level], y, x, widths[some], first[some]).view(-1, bins * channels))
-    output = torch.cat(pooled)[order.argsort()]
+    output = torch.cat(pooled).index_select(0, order.argsort())
     return output.view(-1, *output_size, channels).permute(0, 3, 1, 2)
 
 
