@@ -1,45 +1,46 @@
 """Masks as run lengths: from a model's small soft masks straight to COCO's RLE, without the bitmaps in between.
 
-An RLE is what pycocotools writes: the lengths of runs of 0 and 1 in turn, column by column, in a compressed string. Inside
-this module a mask is mostly a row of *toggles*: the ascending int64 positions ``y + x * height`` where it changes, from off.
+Inside this module a mask is mostly its *toggles*: the pixels x, y where it changes, column by column, from off. Those of many
+masks are found together, in arrays over the columns of all of them.
 """
 
 from __future__ import annotations
 
-import operator
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bentoml_detectron.errors import InvalidArgumentError
+from bentoml_detectron.rle import MOST_PIXELS as MOST_PIXELS
+from bentoml_detectron.rle import RLE as RLE
+from bentoml_detectron.rle import Positions, checked_size, from_toggles
+from bentoml_detectron.rle import to_counts as _counts
 
 if TYPE_CHECKING:
     import torch
-
-MOST_PIXELS = 1 << 28
-"""Most pixels that an image may have here, 16,384 x 16,384; it bounds what a forged RLE can make `decode` allocate."""
-
-_MOST_CHARACTERS = 7
-"""Characters that one count can have: 35 bits with the sign, and counts end at 29."""
 
 _BLOCK = 1 << 16
 """Most values worked on at once: as many as stay in the processor's cache, and some 3 MB with all that is made of them."""
 
 Floats = NDArray[np.float32]
-Positions = NDArray[np.int64]
+Toggles = tuple[Positions, Positions, Positions]  # (K,) each: masks, from 0, and x and y in the image
 
 
-class RLE(TypedDict):
-    """One mask, as COCO's files have it.
+class _Placed(NamedTuple):
+    """Soft masks (N, M, M), and for each where it goes, (N,): its box, and the pixels that may change, from first to before last."""
 
-    Attributes:
-        size: Height and width in pixels.
-        counts: The compressed run lengths.
-    """
-
-    size: list[int]
-    counts: str
+    soft: Floats
+    x0: Floats
+    y0: Floats
+    x1: Floats
+    y1: Floats
+    first_x: Positions
+    first_y: Positions
+    last_x: Positions
+    last_y: Positions
 
 
 def from_roi_masks(
@@ -65,16 +66,23 @@ def from_roi_masks(
     Raises:
         InvalidArgumentError: A shape, the size or the threshold does not fit, or a box is not finite.
     """
-    height, width = _size(image_size)
+    height, width = checked_size(image_size)
     soft, corners = _arguments(masks, boxes, threshold)
     # The part of the image that Detectron2 samples: the box and one to two pixels around it.
-    first = np.clip(np.floor(corners[:, :2]) - 1, 0, (width, height)).astype(np.int64).tolist()
-    last = np.clip(np.ceil(corners[:, 2:]) + 1, 0, (width, height)).astype(np.int64).tolist()
+    first = np.clip(np.floor(corners[:, :2]) - 1, 0, (width, height)).astype(np.int64)
+    last = np.clip(np.ceil(corners[:, 2:]) + 1, 0, (width, height)).astype(np.int64)
+    last = np.where((first < last).all(axis=1, keepdims=True), last, first)
+    side = soft.shape[1] + 2
+    work = np.cumsum((last[:, 0] - first[:, 0] + side) * side)  # the values of its columns, and its own
+    starts = np.flatnonzero(np.diff(work // _BLOCK, prepend=-1)).tolist()
+    rles = []
     with np.errstate(all="ignore"):  # what is infinite or no number is left to PyTorch to sample
-        return [
-            _rle(_pasted(mask, box, (*start, *stop), height, threshold), height, width)
-            for mask, box, start, stop in zip(soft, corners, first, last, strict=True)
-        ]
+        for start, stop in pairwise([*starts, len(soft)]):
+            some = slice(start, stop)
+            placed = _Placed(soft[some], *corners[some].T.copy(), *first[some].T.copy(), *last[some].T.copy())
+            mask, x, y = _toggles(placed, threshold)
+            rles += from_toggles(mask, x * height + y, stop - start, height, width)
+    return rles
 
 
 def encode(bitmap: NDArray[np.bool_] | NDArray[np.uint8]) -> RLE:
@@ -89,13 +97,14 @@ def encode(bitmap: NDArray[np.bool_] | NDArray[np.uint8]) -> RLE:
     if not isinstance(bitmap, np.ndarray) or bitmap.ndim != 2 or bitmap.dtype not in (np.bool_, np.uint8):
         found = f"{bitmap.dtype} {bitmap.shape}" if isinstance(bitmap, np.ndarray) else type(bitmap).__name__
         raise InvalidArgumentError(f"the bitmap is {found}; give an (H, W) array of bool or uint8", value=found)
-    height, width = _size(bitmap.shape)
+    height, width = checked_size(bitmap.shape)
     on = bitmap if bitmap.dtype == np.bool_ else bitmap != 0
     # Not by transposing, which takes longer than all the rest: changes inside columns first, then from one to the next.
     row, column = np.divmod(np.flatnonzero(on[1:] != on[:-1]), width)
     turns = np.flatnonzero(on[0, 1:] != on[-1, :-1]) + 1
     edges = [0] * bool(on[0, 0]), [height * width] * bool(on[-1, -1])
-    return _rle(np.sort(np.concatenate([*edges, row + 1 + column * height, turns * height]).astype(np.int64)), height, width)
+    toggles = np.sort(np.concatenate([*edges, row + 1 + column * height, turns * height]).astype(np.int64))
+    return from_toggles(0, toggles, 1, height, width)[0]
 
 
 def decode(rle: RLE) -> NDArray[np.bool_]:
@@ -226,204 +235,142 @@ def _outlines(padded: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
     return outlines
 
 
-def _pasted(mask: Floats, box: Floats, region: tuple[int, ...], height: int, threshold: float) -> Positions:
-    """Toggles of one soft mask (M, M) pasted into its box (4,), in an image of this height."""
-    left, top, right, bottom = region
-    if left >= right or top >= bottom:
-        return np.empty(0, np.int64)
-    x0, y0, x1, y1 = box
-    grid_x, grid_y = _grid(left, right, x0, x1), _grid(top, bottom, y0, y1)
-    if not (x0 < x1 and y0 < y1):  # without an inside, its coordinates do not ascend, or are no numbers
-        column, row = _sampled(mask, grid_x, grid_y, threshold)
-    else:
-        step = max(_BLOCK // (len(mask) + 2), 1)
-        parts = []
-        for start in range(0, len(grid_x), step):
-            column, row = _crossings(mask, grid_x[start : start + step], grid_y, threshold)
-            parts.append((column + start, row))
-        column, row = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return _simplified((column + left) * height + row + top)
+def _toggles(placed: _Placed, threshold: float) -> Toggles:
+    """Where masks change when they are pasted into the image."""
+    stops = np.cumsum(placed.last_x - placed.first_x)
+    levels = _levels(placed.soft, threshold)
+    step = max(_BLOCK // levels.shape[1], 1)
+    parts: list[Toggles] = [(np.empty(0, np.int64),) * 3]
+    for start in range(0, stops[-1], step):
+        column = np.arange(start, min(start + step, stops[-1]))
+        mask = np.searchsorted(stops, column, side="right")
+        x = column - stops[mask] + placed.last_x[mask]
+        found, doubtful = _crossings(placed, levels, mask, x)
+        parts += [found, *_sampled_columns(placed, mask[doubtful], x[doubtful], threshold)]
+    mask, x, y = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return mask, x, y
 
 
-def _grid(start: int, stop: int, low: np.float32, high: np.float32) -> Floats:
-    """Where the pixels lie in the box, from -1 to 1: Detectron2's own operations, in its order and in float32."""
-    pixels = np.arange(start, stop, dtype=np.float32) + np.float32(0.5)
-    return (pixels - low) / (high - low) * np.float32(2) - np.float32(1)
+def _levels(soft: Floats, threshold: float) -> Floats:
+    """How far above the threshold masks (N, M, M) are, by column, with the sampler's 0 around them: (N, M + 2, M + 2).
+
+    The unit is what counts as close to the threshold. The sampler's value differs from the exact one because its coordinates,
+    in cells, are rounded by at most ``M * 2**-23`` in each direction, in which the value changes by at most `span` a cell, and
+    by a few roundings of ``2**-24 * span`` when it weighs and adds. What is close is twice that sum, and more: the largest
+    difference seen was a tenth of it.
+    """
+    count, size, _ = soft.shape
+    levels = np.zeros((count, size + 2, size + 2), np.float32)
+    levels[:, 1:-1, 1:-1] = soft.transpose(0, 2, 1)
+    close = np.ptp(levels, axis=(1, 2), keepdims=True) * np.float32((size + 16) * 2.0**-21)
+    levels -= np.float32(threshold)
+    levels /= np.maximum(close, np.finfo(np.float32).tiny)
+    return levels
 
 
-def _crossings(mask: Floats, grid_x: Floats, grid_y: Floats, threshold: float) -> tuple[Positions, Positions]:
-    """Columns and rows in which a mask (M, M), sampled at a grid's x and y (ascending, some may be infinite), changes.
+def _crossings(placed: _Placed, levels: Floats, mask: Positions, x: Positions) -> tuple[Toggles, NDArray[np.bool_]]:
+    """Where columns x (K,), of a mask each, change; and which columns (K,) are left out of these.
 
     Between the centres of two of the mask's cells a column's value is linear. So it changes only between two centres on either
     side of the threshold, once, and where is plain. That leaves rounding: a column with a value so close to the threshold, at a
-    centre or at a pixel, that rounding may decide is sampled instead.
+    centre or at a pixel, that rounding may decide is doubtful, and is to be sampled instead. So is all of a box without an
+    inside, whose coordinates do not ascend, or are no numbers.
     """
-    values, close = _columns(mask, grid_x, threshold)
-    doubtful = np.zeros(len(values), np.bool_)
-    doubtful[np.flatnonzero(~(np.abs(values) > close)) // values.shape[1]] = True  # not `<=`: NaN is doubtful too
+    side = levels.shape[1]
+    values = _columns(levels, mask, _cells(x, placed.x0[mask], placed.x1[mask], side - 2))
+    doubtful = ~((placed.x0 < placed.x1) & (placed.y0 < placed.y1))[mask]
+    doubtful[np.flatnonzero(~(np.abs(values) > 1)) // side] = True  # not `<=`: NaN is doubtful too
     # Columns begin and end below the threshold, outside the mask; so there is no change from one to the next.
     flat = values.ravel()
     on = flat > 0
     before = np.flatnonzero(on[1:] != on[:-1])
-    column, centre = np.divmod(before, values.shape[1])
+    column = before // side
     rise = flat[before + 1] - flat[before]
-    place = centre - flat[before] / rise
-    pixels = _cells(grid_y, len(mask))
-    row = np.searchsorted(pixels, place)
-    bounds = np.concatenate([[-np.inf], pixels, [np.inf]])
-    nearest = np.minimum(place - bounds[row], bounds[row + 1] - place)
-    doubtful[column[~(nearest * np.abs(rise) > close)]] = True
-    if not doubtful.any():
-        return column, row
-    again = np.flatnonzero(doubtful)
-    sampled_column, sampled_row = _sampled(mask, grid_x[again], grid_y, threshold)
+    place = before - column * side - flat[before] / rise
+    mask, x = mask[column], x[column]
+    y, distance = _nearest(placed, mask, place, side - 2)
+    doubtful[column[~(distance * np.abs(rise) > 1)]] = True
     sure = ~doubtful[column]
-    return np.concatenate([column[sure], again[sampled_column]]), np.concatenate([row[sure], sampled_row])
+    return (mask[sure], x[sure], y[sure]), doubtful
 
 
-def _columns(mask: Floats, grid_x: Floats, threshold: float) -> tuple[Floats, np.float32]:
-    """How far above the threshold a mask is in each column, at each centre: (columns, M + 2); and what counts as close to it.
+def _nearest(placed: _Placed, mask: Positions, place: NDArray[np.float64], size: int) -> tuple[Positions, NDArray[np.float64]]:
+    """The first pixel y (K,) after a place, in cells, of a mask each; and how far, in cells, the nearest pixel is.
 
-    The sampler's value differs from the exact one because its coordinates, in cells, are rounded by at most ``M * 2**-23`` in
-    each direction, in which the value changes by at most `span` a cell, and by a few roundings of ``2**-24 * span`` when it
-    weighs and adds. What is close is twice that sum, and more: the largest difference seen was a tenth of it.
+    The distance is negative where rounding made y another pixel.
     """
-    size = len(mask)
-    levels = np.zeros((size + 2, size + 2), np.float32)  # by column; around the mask the sampler takes 0
-    levels[1:-1, 1:-1] = mask.T
-    close = np.ptp(levels) * np.float32((size + 16) * 2.0**-21)
-    levels -= np.float32(threshold)
-    place = _cells(grid_x, size)
-    cell = np.minimum(place.astype(np.int64), size)
+    scale = (placed.y1.astype(np.float64) - placed.y0) / size
+    first, last = placed.first_y[mask], placed.last_y[mask]
+    y = np.ceil(place * scale[mask] + (placed.y0 - 0.5 * scale - 0.5)[mask])
+    y = np.clip(y, first, last).astype(np.int64)
+    above, below = _cells(np.stack([y - 1, y]), placed.y0[mask], placed.y1[mask], size)
+    return y, np.minimum(np.where(y > first, place - above, np.inf), np.where(y < last, below - place, np.inf))
+
+
+def _columns(levels: Floats, mask: Positions, place: NDArray[np.float64]) -> Floats:
+    """The levels (K, M + 2) of columns at a place, in cells, of a mask each."""
+    side = levels.shape[1]
+    cell = np.clip(place.astype(np.int64), 0, side - 2)
     part = (place - cell).astype(np.float32)[:, None]
-    values = levels[cell]
+    by_column = levels.reshape(-1, side)
+    cell += mask * side
+    values: Floats = by_column[cell]
     values *= 1 - part
-    values += levels[cell + 1] * part
-    return values, close
+    values += by_column[cell + 1] * part
+    return values
 
 
-def _cells(grid: Floats, size: int) -> NDArray[np.float64]:
-    """Coordinates -1..1 in cells from the centre of the one before the mask: 0 to M + 1, where all beyond is the same.
+def _grid(pixels: Positions, low: Floats, high: Floats) -> Floats:
+    """Where pixels lie in boxes, from -1 to 1: Detectron2's own operations, in its order and in float32."""
+    return (pixels.astype(np.float32) + np.float32(0.5) - low) / (high - low) * np.float32(2) - np.float32(1)
+
+
+def _cells(pixels: Positions, low: Floats, high: Floats, size: int) -> NDArray[np.float64]:
+    """Where pixels lie, in cells from the centre of the one before the mask: 0 to M + 1, where all beyond is the same.
 
     In float64 after the sampler's first rounding, so that only its other ones tell the two apart.
     """
+    grid = _grid(pixels, low, high)
     return np.clip((grid + np.float32(1)).astype(np.float64) * (size / 2) + 0.5, 0, size + 1)
 
 
-def _sampled(mask: Floats, grid_x: Floats, grid_y: Floats, threshold: float) -> tuple[Positions, Positions]:
-    """Columns and rows in which a mask changes, from PyTorch's own sample of each pixel.
+def _sampled_columns(placed: _Placed, mask: Positions, x: Positions, threshold: float) -> Iterator[Toggles]:
+    """Where columns x (K,), of a mask each, change, by sampling each of their pixels."""
+    grid_x = _grid(x, placed.x0[mask], placed.x1[mask])
+    rows = placed.last_y[mask] - placed.first_y[mask]
+    start = 0
+    while start < len(x):
+        # As many as stay in a block with the longest of the next ones.
+        step = max(_BLOCK // max(int(rows[start:].max()), placed.soft[0].size), 1)
+        some = slice(start, start + step)
+        number = mask[some]
+        y = placed.first_y[number][:, None] + np.arange(rows[some].max())
+        grid_y = _grid(y, placed.y0[number][:, None], placed.y1[number][:, None])
+        column, row = _sampled(placed.soft[number], grid_x[some], grid_y, rows[some], threshold)
+        yield number[column], x[some][column], placed.first_y[number][column] + row
+        start += step
 
-    A pixel's sample does not depend on which others are asked for; the tests hold PyTorch to that. All but the sampling is
-    NumPy's: PyTorch would wake its threads for each of these small arrays, which takes longer.
+
+def _sampled(masks: Floats, grid_x: Floats, grid_y: Floats, rows: Positions, threshold: float) -> tuple[Positions, Positions]:
+    """Columns and rows in which masks (K, M, M) change, one column of each, from PyTorch's own sample of each pixel.
+
+    `grid_x` is (K,), `grid_y` (K, R); of these a column has as many as `rows` (K,) says, and changes back before the next at the
+    latest. A pixel's sample does not depend on which others are asked for; the tests hold PyTorch to that. All but the sampling
+    is NumPy's: PyTorch would wake its threads for each of these small arrays, which takes longer.
     """
     import torch
     from torch.nn.functional import grid_sample
 
-    source = torch.from_numpy(mask.copy())[None, None]
-    step = max(_BLOCK // len(grid_y), 1)
-    columns, rows = [], []
-    for start in range(0, len(grid_x), step):
-        part = grid_x[start : start + step]
-        grid = np.empty((1, len(part), len(grid_y), 2), np.float32)
-        grid[..., 0] = part[:, None]
-        grid[..., 1] = grid_y
-        values = grid_sample(source, torch.from_numpy(grid), align_corners=False)[0, 0].numpy()
-        on = np.zeros((len(part), len(grid_y) + 2), np.bool_)
-        on[:, 1:-1] = values >= np.float32(threshold)
-        flat = on.ravel()
-        column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), len(grid_y) + 2)
-        columns.append(column + start)
-        rows.append(row)
-    return np.concatenate(columns), np.concatenate(rows)
-
-
-def _simplified(toggles: Positions) -> Positions:
-    """Toggles in order, without pairs that undo each other: a run without pixels, or one that goes on in the next column."""
-    toggles = np.sort(toggles)
-    places = np.flatnonzero(np.diff(toggles, prepend=-1))
-    odd = np.diff(places, append=len(toggles)) % 2 == 1
-    simplified: Positions = toggles[places[odd]]
-    return simplified
-
-
-def _rle(toggles: Positions, height: int, width: int) -> RLE:
-    """The RLE of a mask that changes at these positions, ascending and each once."""
-    if len(toggles) and toggles[-1] == height * width:
-        toggles = toggles[:-1]
-    counts = np.diff(toggles, prepend=0, append=height * width)
-    return {"size": [height, width], "counts": _to_string(counts)}
-
-
-def _to_string(counts: Positions) -> str:
-    """COCO's compressed string: each count less the one two before, in groups of five bits, lowest first."""
-    values = counts.copy()
-    values[3:] -= counts[1:-2]
-    characters, due = [], [np.ones(len(values), np.bool_)]
-    while due[-1].any():
-        group = values & 31
-        values >>= 5
-        more = values != -(group >> 4)  # what is left is not the sign alone
-        characters.append((group + 32 * more + 48).astype(np.uint8))
-        due.append(due[-1] & more)
-    return np.stack(characters, axis=1)[np.stack(due[:-1], axis=1)].tobytes().decode("ascii")
-
-
-def _counts(rle: RLE) -> tuple[Positions, int, int]:
-    """The run lengths of an RLE, of 0 and 1 in turn, and its height and width.
-
-    Raises:
-        InvalidArgumentError: The RLE is malformed.
-    """
-    if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
-        raise InvalidArgumentError("this is no RLE; give {'size': [height, width], 'counts': '...'}", value=rle)
-    height, width = _size(rle["size"])
-    text = rle["counts"]
-    if not isinstance(text, str):
-        raise InvalidArgumentError(
-            f"the RLE's counts are {type(text).__name__}; give COCO's compressed string (from bytes: .decode())", value=text
-        )
-    if not text or len(text) > _MOST_CHARACTERS * (height * width + 1):
-        raise InvalidArgumentError(f"the RLE has {len(text)} characters for {height} x {width} pixels; encode it again")
-    values = np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
-    if not text.isascii() or values.min() < 0 or values.max() > 63:
-        raise InvalidArgumentError(
-            f"the RLE's counts {text[:40]!r} have characters outside '0'..'o'; encode it again", value=text
-        )
-    counts = _from_groups(values)
-    if counts is None or counts.min() < 0 or counts.max() > height * width or counts.sum() != height * width:
-        raise InvalidArgumentError(
-            f"the RLE's counts {text[:40]!r} are not the runs of {height} x {width} pixels; encode it again", value=text
-        )
-    return counts, height, width
-
-
-def _from_groups(values: Positions) -> Positions | None:
-    """The counts in a string's groups of six bits; None if it ends inside one or one is too long."""
-    last = np.flatnonzero(values < 32)
-    if not len(last) or last[-1] != len(values) - 1:
-        return None
-    lengths = np.diff(last, prepend=-1)
-    if lengths.max() > _MOST_CHARACTERS:
-        return None
-    first = last - lengths + 1
-    place = np.arange(len(values)) - np.repeat(first, lengths)
-    counts: Positions = np.add.reduceat((values & 31) << (5 * place), first)
-    counts -= ((values[last] & 16) != 0) * (np.int64(1) << (5 * lengths))  # the sign
-    # From the fourth on, they are differences to the one two before.
-    counts[1::2] = np.cumsum(counts[1::2])
-    counts[2::2] = np.cumsum(counts[2::2])
-    return counts
-
-
-def _size(size: Any) -> tuple[int, int]:
-    """Height and width, checked."""
-    try:
-        height, width = (operator.index(side) for side in size)
-    except (TypeError, ValueError):
-        raise InvalidArgumentError(f"the size is {size!r}; give height and width as two integers", value=size) from None
-    if height < 1 or width < 1 or height * width > MOST_PIXELS:
-        raise InvalidArgumentError(f"the size is {height} x {width}; give 1 to {MOST_PIXELS:,} pixels", value=size)
-    return height, width
+    count, most = grid_y.shape
+    grid = np.empty((count, 1, most, 2), np.float32)
+    grid[..., 0] = grid_x[:, None, None]
+    grid[..., 1] = grid_y[:, None]
+    values = grid_sample(torch.from_numpy(masks)[:, None], torch.from_numpy(grid), align_corners=False)[:, 0, 0].numpy()
+    on = np.zeros((count, most + 2), np.bool_)
+    on[:, 1:-1] = (values >= np.float32(threshold)) & (np.arange(most) < rows[:, None])
+    flat = on.ravel()
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), most + 2)
+    return column, row
 
 
 def _arguments(masks: Any, boxes: Any, threshold: float) -> tuple[Floats, Floats]:
