@@ -1,4 +1,4 @@
-"""How long 100 soft masks of 28 x 28 take to become RLEs of a 3840 x 2160 image, against pasting and encoding the bitmaps.
+"""How long soft masks of 28 x 28 take to become RLEs of an image, against pasting and encoding the bitmaps.
 
 The masks are smooth blobs through a sigmoid. The boxes' longer sides are log-normal with the median that the table states and
 sigma 0.8, from 16 pixels to the image's width, their aspect ratios log-uniform from 1:2.5 to 2.5:1; they lie anywhere and are
@@ -6,7 +6,7 @@ cut to the image.
 
 Usage::
 
-    python benchmarks/bench_masks.py [--pairs 5] [--count 100]
+    python benchmarks/bench_masks.py [--pairs 5]
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import timing
 from bentoml_detectron import masks
 
 HEIGHT, WIDTH, SIDE = 2160, 3840, 28
-MEDIANS = (300, 1000)
+CASES = ((2160, 3840, 100, 300), (2160, 3840, 100, 1000), (800, 1088, 100, 100), (192, 192, 25, 40))
+"""Height, width, how many masks, and the median of their boxes' longer sides."""
 
 
 def inputs(count: int, median: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,9 +62,9 @@ def without_bitmaps(soft: torch.Tensor, boxes: torch.Tensor) -> list[masks.RLE]:
 WAYS = {"paste and encode": paste_and_encode, "from_roi_masks": without_bitmaps}
 
 
-def megabytes(way: str, count: int, median: int) -> float:
+def megabytes(way: str, case: tuple[int, ...]) -> float:
     """Peak memory above idle of one call in a process of its own, in MB (10^6 bytes)."""
-    command = [sys.executable, __file__, "--count", str(count), "--peak", way, str(median)]
+    command = [sys.executable, __file__, "--peak", way, *map(str, case)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -82,30 +83,35 @@ def kilobytes(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def report(median_side: int, count: int, pairs: int) -> None:
+def report(case: tuple[int, ...], pairs: int) -> None:
+    height, width, count, median_side = case
     soft, boxes = inputs(count, median_side)
     if paste_and_encode(soft, boxes) != without_bitmaps(soft, boxes):  # warms both up, too
         raise SystemExit("the two ways differ")
     times = timing.pairs(lambda: paste_and_encode(soft, boxes), lambda: without_bitmaps(soft, boxes), pairs)
     for way, column in zip(WAYS, zip(*times, strict=True), strict=True):
-        size = f"median {median_side} px"
-        print(f"| {size} | {way} | {statistics.median(column) * 1e3:,.0f} | {megabytes(way, count, median_side):,.1f} |")
-    print(f"| | ratio, pair by pair | {timing.spread(old / new for old, new in times)} | |", flush=True)
+        name = f"{count} at {width} x {height} | median {median_side} px | {way}"
+        print(f"| {name} | {statistics.median(column) * 1e3:,.1f} | {megabytes(way, case):,.1f} |")
+    print(f"| | | ratio, pair by pair | {timing.spread(old / new for old, new in times)} | |", flush=True)
 
 
 def main() -> None:
+    global HEIGHT, WIDTH
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--peak", nargs=2, metavar=("WAY", "MEDIAN"), help="print one way's megabytes and end")
+    parser.add_argument(
+        "--peak", nargs=5, metavar=("WAY", "HEIGHT", "WIDTH", "COUNT", "MEDIAN"), help="print megabytes and end"
+    )
     options = parser.parse_args()
     if options.peak:
-        print(peak(options.peak[0], options.count, int(options.peak[1])))
+        way, (HEIGHT, WIDTH, count, median_side) = options.peak[0], map(int, options.peak[1:])
+        print(peak(way, count, median_side))
         return
-    print(f"{options.count} masks at {WIDTH} x {HEIGHT}, median of {options.pairs} pairs, {torch.get_num_threads()} threads")
-    print("| boxes' longer side | way | ms | MB above idle |\n|---|---|---|---|")
-    for median_side in MEDIANS:
-        report(median_side, options.count, options.pairs)
+    print(f"Median of {options.pairs} pairs, {torch.get_num_threads()} threads")
+    print("| masks | boxes' longer side | way | ms | MB above idle |\n|---|---|---|---|---|")
+    for case in CASES:
+        HEIGHT, WIDTH = case[:2]
+        report(case, options.pairs)
 
 
 if __name__ == "__main__":

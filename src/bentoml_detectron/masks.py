@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bentoml_detectron.errors import InvalidArgumentError
+from bentoml_detectron.outlines import outlines
 from bentoml_detectron.rle import MOST_PIXELS as MOST_PIXELS
 from bentoml_detectron.rle import RLE as RLE
 from bentoml_detectron.rle import Positions, checked_size, from_toggles
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 16
 """Most values worked on at once: as many as stay in the processor's cache, and some 3 MB with all that is made of them."""
 
+_BLOCKS = 3
+"""How many of these have their toggles sampled, sorted and written together; of toggles, there are far fewer than values."""
+
 Floats = NDArray[np.float32]
 Toggles = tuple[Positions, Positions, Positions]  # (K,) each: masks, from 0, and x and y in the image
 
 
 class _Placed(NamedTuple):
-    """Soft masks (N, M, M), and for each where it goes, (N,): its box, and the pixels that may change, from first to before last."""
+    """Soft masks (N, M, M), and where each goes, (N,): its box, and the pixels looked at, from first to before last."""
 
     soft: Floats
     x0: Floats
@@ -74,7 +78,7 @@ def from_roi_masks(
     last = np.where((first < last).all(axis=1, keepdims=True), last, first)
     side = soft.shape[1] + 2
     work = np.cumsum((last[:, 0] - first[:, 0] + side) * side)  # the values of its columns, and its own
-    starts = np.flatnonzero(np.diff(work // _BLOCK, prepend=-1)).tolist()
+    starts = np.flatnonzero(np.diff(work // (_BLOCKS * _BLOCK), prepend=-1)).tolist()
     rles = []
     with np.errstate(all="ignore"):  # what is infinite or no number is left to PyTorch to sample
         for start, stop in pairwise([*starts, len(soft)]):
@@ -198,41 +202,7 @@ def to_polygons(rle: RLE) -> list[list[float]]:
     x, y, width, height, runs = crop(rle)
     padded = np.zeros((height + 2, width + 2), np.bool_)
     padded[1:-1, 1:-1] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-    return [(np.array(outline) + (x, y)).ravel().astype(float).tolist() for outline in _outlines(padded)]
-
-
-def _outlines(padded: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
-    """The outer contours, as corners (x, y), of a bitmap with an empty border of one pixel that does not count.
-
-    In each row of corners, those at 2i and 2i + 1 are joined by an edge; likewise in each column.
-    """
-    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
-    crossing = (nw == se) & (ne == sw) & (nw != ne)  # two corners in one place
-    at = np.repeat(np.arange(nw.size), ((nw ^ ne ^ sw ^ se) + 2 * crossing).ravel())
-    y, x = np.divmod(at, nw.shape[1])
-    order = np.arange(len(at))
-    # Of the two at a crossing, the first has the edge to the left. It also has the one upwards, unless the pixels that meet are
-    # the upper right and the lower left one: then the second has.
-    swapped = (crossing & ne)[y, x]
-    downwards = np.lexsort((np.where(swapped, -order, order), y, x))
-    above_or_below = np.empty_like(order)
-    above_or_below[downwards] = downwards[order ^ 1]
-    # A contour is first met at its upper left corner, which is in the mask if the contour is an outer one.
-    outer, corners, follow = se[y, x].tolist(), list(zip(x.tolist(), y.tolist(), strict=True)), above_or_below.tolist()
-    seen = [False] * len(corners)
-    outlines = []
-    for start in range(0, len(corners), 2):
-        if seen[start]:
-            continue
-        outline, here = [], start
-        while not seen[here]:
-            beside = here ^ 1
-            seen[here] = seen[beside] = True
-            outline += [corners[here], corners[beside]]
-            here = follow[beside]
-        if outer[start]:
-            outlines.append(outline)
-    return outlines
+    return [(np.array(outline) + (x, y)).ravel().astype(float).tolist() for outline in outlines(padded)]
 
 
 def _toggles(placed: _Placed, threshold: float) -> Toggles:
@@ -241,12 +211,16 @@ def _toggles(placed: _Placed, threshold: float) -> Toggles:
     levels = _levels(placed.soft, threshold)
     step = max(_BLOCK // levels.shape[1], 1)
     parts: list[Toggles] = [(np.empty(0, np.int64),) * 3]
+    again = [(np.empty(0, np.int64),) * 2]
     for start in range(0, stops[-1], step):
         column = np.arange(start, min(start + step, stops[-1]))
         mask = np.searchsorted(stops, column, side="right")
         x = column - stops[mask] + placed.last_x[mask]
         found, doubtful = _crossings(placed, levels, mask, x)
-        parts += [found, *_sampled_columns(placed, mask[doubtful], x[doubtful], threshold)]
+        parts.append(found)
+        again.append((mask[doubtful], x[doubtful]))
+    mask, x = (np.concatenate(part) for part in zip(*again, strict=True))
+    parts += _sampled_columns(placed, mask, x, threshold)
     mask, x, y = (np.concatenate(part) for part in zip(*parts, strict=True))
     return mask, x, y
 
@@ -314,9 +288,11 @@ def _columns(levels: Floats, mask: Positions, place: NDArray[np.float64]) -> Flo
     part = (place - cell).astype(np.float32)[:, None]
     by_column = levels.reshape(-1, side)
     cell += mask * side
-    values: Floats = by_column[cell]
+    values: Floats = by_column.take(cell, axis=0)
     values *= 1 - part
-    values += by_column[cell + 1] * part
+    after = by_column.take(cell + 1, axis=0)
+    after *= part
+    values += after
     return values
 
 
@@ -336,27 +312,29 @@ def _cells(pixels: Positions, low: Floats, high: Floats, size: int) -> NDArray[n
 
 def _sampled_columns(placed: _Placed, mask: Positions, x: Positions, threshold: float) -> Iterator[Toggles]:
     """Where columns x (K,), of a mask each, change, by sampling each of their pixels."""
-    grid_x = _grid(x, placed.x0[mask], placed.x1[mask])
-    rows = placed.last_y[mask] - placed.first_y[mask]
-    start = 0
-    while start < len(x):
-        # As many as stay in a block with the longest of the next ones.
-        step = max(_BLOCK // max(int(rows[start:].max()), placed.soft[0].size), 1)
+    if not len(x):
+        return
+    rows = placed.last_y - placed.first_y
+    step = max(_BLOCK // 2 // max(int(rows[mask].max()), placed.soft[0].size), 1)  # half: a pixel has two coordinates
+    for start in range(0, len(x), step):
         some = slice(start, start + step)
-        number = mask[some]
-        y = placed.first_y[number][:, None] + np.arange(rows[some].max())
-        grid_y = _grid(y, placed.y0[number][:, None], placed.y1[number][:, None])
-        column, row = _sampled(placed.soft[number], grid_x[some], grid_y, rows[some], threshold)
-        yield number[column], x[some][column], placed.first_y[number][column] + row
-        start += step
+        number, which = np.unique(mask[some], return_inverse=True)
+        low, high = placed.first_y[number, None], placed.last_y[number, None]
+        y = low + np.arange(rows[number].max())
+        grid_y = _grid(y, placed.y0[number, None], placed.y1[number, None])
+        grid_x = _grid(x[some], placed.x0[mask[some]], placed.x1[mask[some]])
+        column, row = _sampled(placed.soft[mask[some]], grid_x, grid_y[which], (y < high)[which], threshold)
+        yield mask[some][column], x[some][column], y[which[column], 0] + row
 
 
-def _sampled(masks: Floats, grid_x: Floats, grid_y: Floats, rows: Positions, threshold: float) -> tuple[Positions, Positions]:
+def _sampled(
+    masks: Floats, grid_x: Floats, grid_y: Floats, inside: NDArray[np.bool_], threshold: float
+) -> tuple[Positions, Positions]:
     """Columns and rows in which masks (K, M, M) change, one column of each, from PyTorch's own sample of each pixel.
 
-    `grid_x` is (K,), `grid_y` (K, R); of these a column has as many as `rows` (K,) says, and changes back before the next at the
-    latest. A pixel's sample does not depend on which others are asked for; the tests hold PyTorch to that. All but the sampling
-    is NumPy's: PyTorch would wake its threads for each of these small arrays, which takes longer.
+    The grid's x is (K,), its y (K, R), of which those that are not `inside` (K, R) are off. A pixel's sample does not depend on
+    which others are asked for; the tests hold PyTorch to that. All but the sampling is NumPy's: PyTorch would wake its threads
+    for each of these small arrays, which takes longer.
     """
     import torch
     from torch.nn.functional import grid_sample
@@ -367,10 +345,11 @@ def _sampled(masks: Floats, grid_x: Floats, grid_y: Floats, rows: Positions, thr
     grid[..., 1] = grid_y[:, None]
     values = grid_sample(torch.from_numpy(masks)[:, None], torch.from_numpy(grid), align_corners=False)[:, 0, 0].numpy()
     on = np.zeros((count, most + 2), np.bool_)
-    on[:, 1:-1] = (values >= np.float32(threshold)) & (np.arange(most) < rows[:, None])
+    on[:, 1:-1] = (values >= np.float32(threshold)) & inside
     flat = on.ravel()
-    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), most + 2)
-    return column, row
+    before = np.flatnonzero(flat[1:] != flat[:-1])
+    column = before // (most + 2)
+    return column, before - column * (most + 2)
 
 
 def _arguments(masks: Any, boxes: Any, threshold: float) -> tuple[Floats, Floats]:

@@ -107,6 +107,21 @@ def test_a_mask_worked_on_in_many_blocks_is_put_together(monkeypatch):
     assert masks.from_roi_masks(soft, boxes, (150, 100)) == [coco(bitmap) for bitmap in pasted(soft, boxes, (150, 100))]
 
 
+def test_many_masks_in_one_call_are_kept_apart(monkeypatch):
+    """Some are on in the last pixel, and the next in the first; some have no pixel; some are strange."""
+    rng = np.random.default_rng(3)
+    soft = np.concatenate([soft_masks(rng, kind, 30, 14, 0.5) for kind in ("smooth", "noise", "constant")])
+    boxes = boxes_around(rng, 90, 60, 70)
+    soft[::9], boxes[::9] = 1, (-30, -30, 100, 90)
+    soft[4], boxes[7] = np.nan, (500, 5, 600, 9)
+    order = np.append(rng.permutation(90), [0, 9, 18])
+    soft, boxes = torch.tensor(soft[order]), torch.tensor(boxes[order])
+    due = [coco(bitmap) for bitmap in pasted(soft, boxes, (60, 70))]
+    for block in (masks._BLOCK, 1000):
+        monkeypatch.setattr(masks, "_BLOCK", block)
+        assert masks.from_roi_masks(soft, boxes, (60, 70)) == due
+
+
 def test_a_pixel_is_sampled_alike_wherever_it_is():
     """What `from_roi_masks` relies on where it samples only some columns."""
     generator = torch.Generator().manual_seed(0)
