@@ -53,9 +53,13 @@ def _follow(first: Any, then: Any) -> None:
     """Lets the first of two modules do some of what the next one does."""
     if _is_plain(first) and type(then) is nn.ReLU:
         first.forward = partial(convolved, first, relu=True)
-        then.forward = lambda x: x
+        _skip(then)
     elif type(first) is nn.Flatten and isinstance(then, nn.Linear) and (first.start_dim, first.end_dim) == (1, -1):
         _flatten_channels_last(first, then)
+
+
+def _skip(module: Any) -> None:
+    module.forward = lambda x: x
 
 
 def _flatten_channels_last(flatten: Any, linear: Any) -> None:
