@@ -15,9 +15,10 @@ import bentoml
 import numpy as np
 
 import bench_masks
-from bentoml_detectron import masks, store
+from bentoml_detectron import masks
 from bentoml_detectron.predictor import Observe, Predictor, Prepared
 from bentoml_detectron.results import Detections
+from bentoml_detectron.service import loading
 
 HEIGHT, WIDTH, MEDIAN = 480, 640, 100
 
@@ -37,11 +38,5 @@ class Canned(Predictor):
         return [self.found] * len(group)
 
 
-def load_canned(*arguments: Any, **options: Any) -> Predictor:
-    real = load_predictor(*arguments, **options)
-    return Canned(real.model, real.input, real.dataset, limits=real.limits)
-
-
-load_predictor = store.load_predictor
-store.load_predictor = load_canned
+loading.Predictor = Canned
 service = bentoml.detectron.get_service("digits:latest")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from bentoml_detectron.engines import Precision
     from bentoml_detectron.service import Settings
 
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535))
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes, each with the model.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="bf16 is faster.")
 @click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
 @click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
 @click.option("--max-queue", default=32, show_default=True, type=click.IntRange(min=1), help="Most that wait, a worker.")
@@ -34,6 +36,7 @@ def command(
     port: int,
     workers: int,
     device: str,
+    precision: Precision,
     trust_remote_code: bool,
     trusted: tuple[str, ...],
     max_queue: int,
@@ -54,10 +57,16 @@ def command(
 
     found = str(get(tag).tag)  # all workers serve the version that is the latest now, also those that replace others
     host = _free(host, port)
-    from bentoml_detectron.service import Settings  # takes seconds, and PyTorch warns, which is for no one-line error
+    # These take seconds, and PyTorch warns, which is for no one-line error.
+    if precision != "fp32":
+        from bentoml_detectron import engines
+
+        engines.check(precision)
+    from bentoml_detectron.service import Settings
 
     settings = Settings(
         device_id=device,
+        precision=precision,
         max_body_bytes=max_body_bytes,
         max_image_pixels=max_image_pixels,
         max_queue=max_queue,

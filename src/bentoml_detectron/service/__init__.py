@@ -18,7 +18,7 @@ from bentoml.validators import ContentType
 from starlette.exceptions import HTTPException
 
 from bentoml_detectron import __version__
-from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError
+from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.service import logs
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
@@ -57,7 +57,7 @@ def get_service(
 
     Args:
         bento_model: The model, or its tag, in BentoML's model store.
-        settings: Limits and the device.
+        settings: Limits, the device and the precision.
         **service_config: BentoML's own configuration: ``name``, ``workers``, ``traffic``, ``path_prefix``, ``http`` and so on.
 
     Returns:
@@ -174,21 +174,20 @@ def _with_token(settings: Settings) -> Settings:
 
 def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str) -> None:
     """Starts a worker: the model is loaded beside the event loop, so that ``/readyz`` can say that it is not there yet."""
+    from bentoml_detectron.engines.memory import keep_freed_memory
+
+    keep_freed_memory()  # before there are threads that allocate
     settings = worker.settings
     logs.install()
     worker.metrics = Metrics()
 
     def load() -> Predictor:
-        from bentoml_detectron.images import Limits
-        from bentoml_detectron.store import load_predictor
+        from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
 
-        _share_cores(workers)
+        share_cores(workers)
         model = find()  # here, since a worker that cannot begin would be started again and again
-        limits = Limits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_body_bytes)
-        predictor = load_predictor(
-            model, settings.device_id, trust_remote_code=settings.trust_remote_code, trusted=settings.trusted, limits=limits
-        )
-        _self_test(predictor, model)
+        predictor = load_tested(model, settings)
+        warm_up(predictor)
         worker.samples = _samples(predictor)
         worker.info = lambda: {**_info(model, predictor, settings), "samples": list(worker.samples)}
         logger.info("%s is ready", model.tag)
@@ -196,40 +195,6 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
 
     worker.engine = Engine(load, worker.metrics.observe, max_queue=settings.max_queue, max_pixels=settings.max_queue_pixels)
     drain_on_sigterm(worker.drain, settings.drain_seconds)
-
-
-def _share_cores(workers: int | str) -> None:
-    """Gives this thread's PyTorch its share of the cores: workers that take all of them each wait for one another.
-
-    It holds for the thread that calls it, the model's.
-    """
-    if "OMP_NUM_THREADS" in os.environ or workers == 1:
-        return
-    import torch
-
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // workers) if isinstance(workers, int) else 1)
-
-
-def _self_test(predictor: Predictor, model: bentoml.Model) -> None:
-    """Compares what the model finds with what it found when it was saved, where that was recorded.
-
-    Raises:
-        InvalidModelError: It finds something else.
-    """
-    from bentoml_detectron import selftest
-    from bentoml_detectron.artifact import manifest
-
-    path = Path(model.path)
-    if not (path / manifest.MANIFEST).is_file():  # BentoML's own adapter saved it
-        return
-    due = manifest.read(path).self_test
-    if due is None:
-        logger.warning("%s has no self-test; it is served as it is", model.tag)
-        return
-    _, problems = selftest.check(due, predictor.model, predictor.input, predictor.dataset)
-    if problems:
-        raise InvalidModelError(f"{model.tag} fails its self-test: {'; '.join(problems)}", value=problems)
 
 
 def _samples(predictor: Predictor) -> dict[str, Path]:
@@ -253,7 +218,7 @@ def _info(model: bentoml.Model, predictor: Predictor, settings: Settings) -> dic
         "stuff_classes": (dataset and dataset.stuff_classes) or [],
         "keypoint_names": (dataset and dataset.keypoint_names) or [],
         "input": predictor.input.model_dump(),
-        "precision": "fp32",
+        "precision": settings.precision,
         "device": settings.device_id,
         "limits": {"max_body_bytes": settings.max_body_bytes, "max_image_pixels": settings.max_image_pixels},
         "labels": dict(model.info.labels),

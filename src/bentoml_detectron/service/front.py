@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
@@ -22,6 +22,9 @@ from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.metrics import STAGES, Metrics
 from bentoml_detectron.service.page import page
 from bentoml_detectron.service.requests import Call, DisconnectedError, read
+
+if TYPE_CHECKING:
+    from bentoml_detectron.engines import Precision
 
 logger = logging.getLogger("bentoml.detectron")
 
@@ -44,6 +47,7 @@ class Settings:
 
     Attributes:
         device_id: Where the model lives.
+        precision: "fp32" or "bf16", as in `load_predictor`.
         max_body_bytes: Largest body.
         max_image_pixels: Largest image; a larger one is refused before it is decoded.
         max_queue: Most requests that wait or run in a worker; further ones are refused at once.
@@ -59,6 +63,7 @@ class Settings:
     """
 
     device_id: str = "cpu"
+    precision: Precision = "fp32"
     max_body_bytes: int = 20 << 20
     max_image_pixels: int = 25_000_000
     max_queue: int = 32

@@ -42,7 +42,7 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
                     "operationId": "info",
                     "summary": "What the model is",
                     "responses": {
-                        "200": {"description": "The model", "content": {"application/json": {"schema": {"type": "object"}}}},
+                        "200": {"description": "The model", "content": {"application/json": {"schema": _INFO}}},
                         **_errors(error, "401", "503"),
                     },
                 }
@@ -64,6 +64,7 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
     }
 
 
+_INFO = {"type": "object", "required": ["precision"], "properties": {"precision": {"enum": ["fp32", "bf16"]}}}
 # BentoML's clients send null for what was left out.
 _FIELDS: dict[str, dict[str, Any]] = {
     "score_threshold": {

@@ -1,0 +1,110 @@
+"""How a worker gets its predictor: tested before it is made faster and after, and warm before the first request."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import bentoml
+import torch
+from torch import nn
+
+from bentoml_detectron import engines, selftest
+from bentoml_detectron.artifact import manifest
+from bentoml_detectron.engines.parts import with_module
+from bentoml_detectron.errors import InvalidModelError
+from bentoml_detectron.images import Limits
+from bentoml_detectron.model import load, module_of
+from bentoml_detectron.predictor import Predictor
+from bentoml_detectron.store import open_model
+
+if TYPE_CHECKING:
+    from bentoml_detectron.artifact.folder import SavedModel
+    from bentoml_detectron.service.front import Settings
+
+logger = logging.getLogger("bentoml.detectron")
+
+
+def load_tested(model: bentoml.Model, settings: Settings) -> Predictor:
+    """As `store.load_predictor`, of a model that finds what it found when it was saved.
+
+    Raises:
+        InvalidArgumentError: This machine does not compute in the precision.
+        InvalidModelError: The model finds something else.
+        DetectronError: And what `load_predictor` raises.
+    """
+    engines.check(settings.precision)
+    saved = open_model(model, trust_remote_code=settings.trust_remote_code, trusted=settings.trusted)
+    module = module_of(load(saved, settings.device_id))
+    served = engines.accelerated(module, settings.precision)
+    _self_test(model, saved, module, served if settings.precision == "fp32" else None)
+    limits = Limits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_body_bytes)
+    return Predictor(served, saved.input, saved.dataset, limits=limits)
+
+
+def share_cores(workers: int | str) -> None:
+    """Gives this thread's PyTorch its share of the cores: workers that take all of them each wait for one another.
+
+    It holds for the thread that calls it, the model's.
+    """
+    if "OMP_NUM_THREADS" in os.environ or workers == 1:
+        return
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // workers) if isinstance(workers, int) else 1)
+
+
+def warm_up(predictor: Predictor) -> None:
+    """Runs the model at its size, so that the first requests do not wait until kernels are made."""
+    image = selftest.image()
+    square = image[:, : image.shape[0]]
+    wanted = predictor.options(score_threshold=0.0)  # so that there are boxes for the heads
+    try:
+        for _ in range(2):
+            predictor.predict([square], [wanted])
+    except Exception:  # whatever the model raises; requests will tell
+        logger.warning("the model does not run on a first image", exc_info=True)
+
+
+def _self_test(model: bentoml.Model, saved: SavedModel, module: nn.Module, served: nn.Module | None) -> None:
+    """Compares what a model finds with what it found when it was saved, where that was recorded.
+
+    Args:
+        model: Where it was.
+        saved: Its input and dataset.
+        module: As Detectron2 runs it.
+        served: The same made faster, if it is to find the same.
+
+    Raises:
+        InvalidModelError: It finds something else.
+    """
+    path = Path(model.path)
+    if not (path / manifest.MANIFEST).is_file():  # BentoML's own adapter saved it
+        return
+    due = manifest.read(path).self_test
+    if due is None:
+        logger.warning("%s has no self-test; it is served as it is", model.tag)
+        return
+    _, problems = selftest.check(due, module, saved.input, saved.dataset)
+    if not problems and served is not None and due.detections is not None:
+        # Its modules, and so their settings and features, are others.
+        got = selftest.record(_with_plain_proposals(served), saved.input, saved.dataset)
+        found = due.model_copy(update={"detections": got.detections})
+        again = lambda change: selftest.run(module, saved.input, None, change)  # noqa: E731
+        problems = [f"made faster, {each}" for each in selftest.compare(due, found, again=again)]
+    if problems:
+        raise InvalidModelError(f"{model.tag} fails its self-test: {'; '.join(problems)}", value=problems)
+
+
+def _with_plain_proposals(served: nn.Module) -> nn.Module:
+    """A view whose RPN chooses as Detectron2's: the engine's has read its limits, which the self-test sets."""
+
+    def plain(generator: nn.Module) -> nn.Module:
+        view = copy.copy(generator)
+        view.__dict__.pop("predict_proposals", None)
+        return view
+
+    there = isinstance(getattr(served, "proposal_generator", None), nn.Module)
+    return with_module(served, "proposal_generator", plain) if there else served
