@@ -13,18 +13,24 @@ import psutil
 import pytest
 
 from bentoml_detectron import demo
+from bentoml_detectron.engines import has_bf16
 from servers import BENTOML, environment, served
 from support import run_python
 
 pytestmark = pytest.mark.slow
 COMMAND = ("detectron", "serve", "digits")
+JPEG = {"content-type": "image/jpeg"}
 IMAGE = {"image": demo.images()[3].read_bytes()}
 
 
-def failed(home: Path, *arguments: str) -> str:
+def failed(home: Path, *arguments: str, **more: str) -> str:
     """What the command says where it starts no server."""
     result = subprocess.run(
-        [str(BENTOML), "detectron", "serve", *arguments], env=environment(home), capture_output=True, text=True, timeout=60
+        [str(BENTOML), "detectron", "serve", *arguments],
+        env=environment(home, **more),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert result.returncode == 1, result.stderr
     assert result.stdout == ""
@@ -72,6 +78,30 @@ def test_it_serves_with_its_options_and_token_and_ends_by_sigterm(digits_home, t
             assert "secret" not in each.environ()["BENTOML_DETECTRON_SERVE"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the processor does not compute in bf16")
+def test_precision_is_served_and_said(digits_home, tmp_path):
+    with served(tmp_path, digits_home, *COMMAND, "--precision", "bf16") as server:
+        assert httpx.get(f"{server.url}/info").json()["precision"] == "bf16"
+        found = httpx.post(f"{server.url}/predict?score_threshold=0.6", content=IMAGE["image"], headers=JPEG, timeout=60).json()
+        assert sorted(found["class_names"]) == ["0", "0", "5", "7", "8", "8", "9"]
+
+
+def test_precision_that_the_machine_lacks_is_one_line(digits_home, tmp_path):
+    """As on a processor without it: the command's own process is told that it has none."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, pathlib\n"
+        "real = pathlib.Path.read_text\n"
+        "def read_text(self, *given, **options):\n"
+        "    return 'flags : sse2' if str(self) == '/proc/cpuinfo' else real(self, *given, **options)\n"
+        "pathlib.Path.read_text = read_text\n"
+    )
+    paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    said = failed(digits_home, "digits", "--precision", "bf16", PYTHONPATH=paths)
+    last = said.splitlines()[-1]
+    assert last == "Error: this processor does not compute in bf16; give precision='fp32'"
+    assert "Traceback" not in said
 
 
 def test_it_ends_by_ctrl_c(digits_home, tmp_path):
