@@ -90,9 +90,10 @@ def _self_test(model: bentoml.Model, saved: SavedModel, module: nn.Module, serve
     _, problems = selftest.check(due, module, saved.input, saved.dataset)
     if not problems and served is not None and due.detections is not None:
         # Its modules, and so their settings and features, are others.
-        got = selftest.record(_with_plain_proposals(served), saved.input, saved.dataset)
+        plain = _with_plain_proposals(served)
+        got = selftest.record(plain, saved.input, saved.dataset)
         found = due.model_copy(update={"detections": got.detections})
-        again = lambda change: selftest.run(module, saved.input, None, change)  # noqa: E731
+        again = lambda change: selftest.run(plain, saved.input, None, change)  # noqa: E731
         problems = [f"made faster, {each}" for each in selftest.compare(due, found, again=again)]
     if problems:
         raise InvalidModelError(f"{model.tag} fails its self-test: {'; '.join(problems)}", value=problems)
