@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter as Counts
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,9 @@ class Metrics:
         detections: Detections = result
         if not len(detections) and detections.semantic is None:
             self._empty.inc()
-        for name, label in zip(detections.class_names, detections.class_ids.tolist(), strict=True):
-            self._found.labels(name or str(label)).inc()
+        names = zip(detections.class_names, detections.class_ids.tolist(), strict=True)
+        for each, count in Counts(name or str(label) for name, label in names).items():
+            self._found.labels(each).inc(count)
         for score in detections.scores.tolist():
             self._scores.observe(score)
 
