@@ -294,9 +294,7 @@ def milliseconds_of_cpu(server: serving.Server, url: str, script: Path, seconds:
 def report_cost(folder: Path, seconds: float) -> None:
     """What the server itself costs: see ``canned.py``."""
     kinds = {"640x480, 100 found": (photograph(), "100"), "640x480, 10 found": (photograph(), "10")}
-    print(
-        "\nCPU of the worker for one request, the model aside; milliseconds. The resize is the model's own, as DefaultPredictor's"
-    )
+    print("\nCPU of the worker for one request, the model aside; milliseconds. The resize is the model's own")
     print("| | connections | ms | of it decode | of it resize | bytes |\n|---|---|---|---|---|---|")
     for number, (name, (image, count)) in enumerate(kinds.items()):
         home_of_it = folder / f"canned{number}"
