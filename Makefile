@@ -84,8 +84,12 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_masks.py
 	$(BIN)/python benchmarks/bench_results.py
 	$(BIN)/python benchmarks/bench_draw.py
+	$(BIN)/python benchmarks/bench_speed.py
+	$(BIN)/python benchmarks/bench_precision.py
 	$(BIN)/python benchmarks/bench_overload.py
-	$(BIN)/python benchmarks/bench_serve.py
+	@# Apart: they bring uvloop, on which this package's service would run too.
+	$(BIN)/pip install --quiet --target build/rivals fastapi litserve python-multipart uvicorn
+	$(BIN)/python benchmarks/bench_serve.py --rivals build/rivals
 
 train-demo: .venv/.wheel
 	$(BIN)/python -W ignore tools/train_demo.py

@@ -36,7 +36,7 @@ BYTES_PER_PIXEL = 3000
 """Memory that one pixel of a batch takes at the peak; ``benchmarks/bench_predictor.py`` measures some 300 to 2800."""
 MOST_PIXELS_ON_CPU = 400_000
 """Most pixels in a batch on the CPU unless the user says otherwise: batches of small images are faster than one by one, batches
-of large ones slower, as their features no longer stay in the processor's caches (``benchmarks/bench_predictor.py``)."""
+of large ones slower (``benchmarks/bench_predictor.py``)."""
 _LEAST_STRIDE = 32  # pixels to which images are padded in groups, for models that ask for no multiple
 
 Batch = Literal["padded", "exact"]
@@ -95,7 +95,7 @@ class Predictor:
                   for one image as for many, so none gets more padding than it would have alone. Models that ask for none (C4)
                   are padded to multiples of 32, at the right and below: scores there may differ from those of the image alone,
                   most for what touches these edges. And PyTorch's kernels round differently for batches of different sizes, by
-                  about 1e-5 of a score.
+                  some 1e-6 of a score (``benchmarks/bench_predictor.py``).
                 - "exact": each on its own, since no other group gives what the image alone gives, bit for bit: the kernels for
                   two images of the same shape are not always those for one.
             max_batch_pixels: Most pixels, padding included, that go through the model together; a larger image goes alone.
