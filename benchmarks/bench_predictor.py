@@ -126,7 +126,6 @@ def main() -> None:
         measure_memory(arguments.memory[0], int(arguments.memory[1]))
         return
     small, large = demo.predictor(), DefaultPredictor(zoo(R50, f"{home.name}/r50.pth", 480))
-    c4 = DefaultPredictor(zoo(C4, f"{home.name}/c4.pth", 480))
     print(f"Milliseconds an image, median of {arguments.pairs} pairs, {torch.get_num_threads()} threads")
     print("| model | images | DefaultPredictor | padded | exact | ratio, padded | ratio, exact |")
     print("|---|---|---|---|---|---|---|")
@@ -143,8 +142,6 @@ def main() -> None:
              for picture in [np.ascontiguousarray(picture[: size[0], : size[1]])]]  # fmt: skip
     compare_results("demo, padded to the same shape", small, mixed)
     compare_results("Mask R-CNN R50-FPN, one size", large, pictures(4, (480, 640)))
-    compare_results("Mask R-CNN R50-C4, which pads nothing alone", c4, [each[:470, :630] for each in pictures(2, (480, 640))]
-                    + pictures(2, (480, 640)))  # fmt: skip
 
     print("\nMemory that a batch of 800x1088 images takes")
     for name in MEMORY:
