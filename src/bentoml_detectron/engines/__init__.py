@@ -70,7 +70,7 @@ def accelerated(model: nn.Module, precision: Precision) -> nn.Module:
     Returns:
         The view. Parts that do not run right in another way stay as they are; a model on a GPU stays so as a whole.
     """
-    if next(model.parameters()).device.type != "cpu":
+    if any(each.device.type != "cpu" for each in model.parameters()):
         return model
     keep_freed_memory()
     examples = _examples(model, find(model))
@@ -101,10 +101,10 @@ def _examples(model: nn.Module, parts: list[Part]) -> dict[Part, Example]:
         given["proposals"] = Instances(_SIZE, proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(2))
     try:
         examples = record(model, parts, lambda view: view([given]))
+        return {part: each if part.sizes else _some_rows(model, part, each, generator) for part, each in examples.items()}
     except Exception:
-        logger.info("the model does not run on an image of noise; it stays as it is", exc_info=True)
+        logger.warning("the model does not run on an image of noise; it stays as it is", exc_info=True)
         return {}
-    return {part: example if part.sizes else _some_rows(model, part, example, generator) for part, example in examples.items()}
 
 
 def _some_rows(model: nn.Module, part: Part, example: Example, generator: torch.Generator) -> Example:
@@ -158,14 +158,14 @@ def _error(run: eager.Run, example: Example) -> float:
 
 def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | None, keeps_low: bool) -> Replacement:
     """A part with the signature that Detectron2 calls; what it gives is float32 but for feature maps that may be less."""
-    into, outof = rebuild(example.arguments), rebuild(example.output)
-    call = part.of(model)
+    if run is None:
+        own, into = part.of(model), rebuild(example.arguments)
+        return lambda *arguments: own(*into([each.float() for each in tensors(arguments)]))
+    # From here on nothing holds the model's own part: its weights would be in memory twice.
+    computes, outof = run, rebuild(example.output)
 
     def computed(*arguments: Any) -> Any:
-        inputs = tensors(arguments)
-        if run is None:
-            return call(*into([each.float() for each in inputs]))
-        outputs = run(inputs)
+        outputs = computes(tensors(arguments))
         return outof(outputs if part.is_backbone and keeps_low else [each.float() for each in outputs])
 
     return computed

@@ -12,7 +12,7 @@ from bentoml_detectron.engines import fusion
 Run = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 """Computes a part: its input tensors, of any float dtype and layout, to its output tensors."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compiled(graph: nn.Module, precision: str) -> Run:

@@ -24,27 +24,19 @@ class Graph(nn.Module):
 
     def __init__(self, model: nn.Module, part: Part, example: Example) -> None:
         super().__init__()
-        self._root = _Root(fold(copy.deepcopy(model.get_submodule(part.place))))
+        self.module = fold(copy.deepcopy(model.get_submodule(part.place)))
         self._part = Part("module", part.method)
         self._arguments = rebuild(example.arguments)
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The part's output tensors."""
-        return tuple(tensors(self._part.of(self._root)(*self._arguments(list(inputs)))))
-
-
-class _Root(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+        return tuple(tensors(self._part.of(self)(*self._arguments(list(inputs)))))
 
 
 def fold(module: nn.Module) -> nn.Module:
     """Puts the frozen normalisations of a module into the convolutions before them; changes it and gives it back."""
     for each in module.modules():
         norm = getattr(each, "norm", None)
-        if isinstance(each, Conv2d) and isinstance(each.activation, nn.ReLU):
-            each.activation = nn.ReLU(inplace=True)  # on the convolution's own output
         if not isinstance(each, Conv2d) or not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
             continue
         if norm.running_mean is None or norm.running_var is None:  # it would take the batch's

@@ -1,8 +1,7 @@
 """How the C library keeps memory that PyTorch frees.
 
 A forward pass on the CPU makes and frees gigabytes of feature maps. Glibc gives each large block back to the system at once,
-which then has to find, clear and map new pages for the next: a third of the time of a ResNet-50 at 800x1088
-(``benchmarks/bench_speed.py`` measures it).
+which then has to find, clear and map new pages for the next; ``benchmarks/bench_speed.py`` measures what that costs.
 """
 
 from __future__ import annotations

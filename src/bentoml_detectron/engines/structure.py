@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -26,19 +27,12 @@ def tensors(nested: Any) -> list[torch.Tensor]:
 def rebuild(nested: Any) -> Callable[[list[torch.Tensor]], Any]:
     """A function that puts as many tensors as are in `nested` where these are in there."""
 
-    def build(nested: Any, flat: Iterator[torch.Tensor]) -> Any:
+    def build(nested: Any, flat: Iterator[Any]) -> Any:
         if isinstance(nested, dict):
             return {name: build(each, flat) for name, each in nested.items()}
         if isinstance(nested, (list, tuple)):
             return type(nested)([build(each, flat) for each in nested])
         return next(flat)
 
-    def emptied(nested: Any) -> Any:
-        if isinstance(nested, dict):
-            return {name: emptied(each) for name, each in nested.items()}
-        if isinstance(nested, (list, tuple)):
-            return type(nested)([emptied(each) for each in nested])
-        return None
-
-    skeleton = emptied(nested)  # holds no tensors
+    skeleton = build(nested, repeat(None))  # holds no tensors
     return lambda flat: build(skeleton, iter(flat))
