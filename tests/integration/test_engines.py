@@ -114,6 +114,17 @@ def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predict
         assert np.abs(found.scores - due.scores.numpy()).max(initial=0) < 1e-3
 
 
+@every_precision
+def test_exact_batches_of_a_faster_model_are_its_single_results_bit_for_bit(demo_predictor, precision):
+    model = engines.accelerated(demo_predictor.model, precision)
+    dataset = config.dataset_of(demo_predictor.cfg)
+    predictor = Predictor(model, config.input_of(demo_predictor.cfg), dataset, batch="exact")
+    images = demo.images()[:4]
+    together = predictor(images)
+    assert all(len(each) > 3 for each in together)
+    assert together == [predictor([each])[0] for each in images]
+
+
 class Failing(Backbone):
     """A backbone that fails for other than float32."""
 
