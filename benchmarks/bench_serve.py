@@ -1,7 +1,8 @@
 """What the service makes of the model: images a second over HTTP, against the predictor in a process and other servers.
 
 The demo model and its 20 JPEG images of 192x192. The client is wrk with 8 connections and multipart forms; all servers run on
-127.0.0.1 at once, each with one worker and PyTorch's threads as many as there are cores, and are measured in turn:
+127.0.0.1, each with one worker and PyTorch's threads as many as there are cores. They are measured in turn, and all but the
+one whose turn it is are stopped (SIGSTOP), since some use a core while nobody asks them:
 
 - the predictor, in this process: from a JPEG's bytes to the bytes of the JSON, in batches of 8 and one by one;
 - this package: ``bentoml detectron serve``, also with ``--precision bf16`` where the processor computes in it;
@@ -27,6 +28,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -249,9 +251,11 @@ def report_rates(
         for name, url in urls.items():
             check(name, url, theirs)
             load(url, script, 2)
+            os.killpg(servers[name].process.pid, signal.SIGSTOP)
 
         def over_http(name: str) -> float:
-            found = load(urls[name], script, seconds)
+            with servers[name].running():
+                found = load(urls[name], script, seconds)
             latencies.setdefault(name, []).append((found.median, found.last))
             return found.rate
 
@@ -262,9 +266,11 @@ def report_rates(
             suffix = "" if precision == "fp32" else BF16
             for name, batch in ((BATCHES, CONNECTIONS), (SINGLES, 1)):
                 contenders[name + suffix] = partial(predict_for, predictor, batch, seconds)
-        before = batch_sizes(urls[OURS])
+        with servers[OURS].running():
+            before = batch_sizes(urls[OURS])
         rates = measure(contenders, rounds)
-        batches, count = (now - then for now, then in zip(batch_sizes(urls[OURS]), before, strict=True))
+        with servers[OURS].running():
+            batches, count = (now - then for now, then in zip(batch_sizes(urls[OURS]), before, strict=True))
     report(rates, latencies, rounds)
     print(f"batches of ours: {count / batches:.1f} images on average")
 

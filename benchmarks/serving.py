@@ -59,6 +59,15 @@ class Server:
                 time.sleep(0.2)
         sys.exit(f"the server did not start:\n{self.log.read_text()[-4000:]}")
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Lets it run while the context lasts, and stops it after."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
 
 @contextmanager
 def started(command: list[str], given: Mapping[str, str], log: Path, folder: Path | None = None) -> Iterator[Server]:
@@ -83,5 +92,6 @@ def started(command: list[str], given: Mapping[str, str], log: Path, folder: Pat
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
+                os.killpg(process.pid, signal.SIGCONT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
