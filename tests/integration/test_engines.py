@@ -22,9 +22,10 @@ from support import assert_same, built, picture, tensors, tiny_cfg
 from zoo import PROJECTS, ZOO, zoo_config
 
 needs_bf16 = pytest.mark.skipif(not engines.has_bf16(), reason="this processor does not compute in bf16")
-
-
-every_precision = pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+needs_int8 = pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers")
+every_precision = pytest.mark.parametrize(
+    "precision", ["fp32", pytest.param("bf16", marks=needs_bf16), pytest.param("int8", marks=needs_int8)]
+)
 
 
 def image(height=128, width=160, seed=0):
@@ -50,6 +51,12 @@ def rms(tensor):
     return float(tensor.float().square().mean().sqrt())
 
 
+def faster(model, precision, *inputs):
+    """The model in a precision, calibrated on some inputs where that is needed."""
+    calibration = engines.calibrate(model, lambda each: run(each, *inputs)) if precision == "int8" else None
+    return engines.accelerated(model, precision, calibration)
+
+
 NAMES = [pytest.param(lambda name=name: zoo_config(name), id=label) for label, name in ZOO.items() if "deformable" not in label]
 PROJECT_CONFIGS = [
     pytest.param(*each.values, marks=each.marks, id=label) if hasattr(each, "values") else pytest.param(each, id=label)
@@ -68,9 +75,9 @@ def test_every_family(make, precision, caplog):
     """
     model = built(make())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fast = engines.accelerated(model, precision)
-    assert not [each for each in caplog.records if each.name == engines.__name__]
     inputs = [with_proposals(model, each) for each in (image(96, 230), image(96, 230, 1))]
+    fast = faster(model, precision, *inputs)
+    assert not [each for each in caplog.records if each.name == engines.__name__]
     examples = parts.record(model, parts.find(model), lambda each: run(each, *inputs))
     assert examples
     for part, example in examples.items():
@@ -93,7 +100,7 @@ def test_every_family(make, precision, caplog):
 @every_precision
 def test_all_parts_of_a_mask_rcnn_are_replaced(precision):
     model = built(zoo_config(ZOO["Mask R-CNN, FPN"]))
-    fast = engines.accelerated(model, precision)
+    fast = faster(model, precision)
     places = {part.place for part in parts.find(model)}
     assert places == {"backbone", "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.mask_head"}
     assert type(fast) is type(model)
@@ -116,7 +123,7 @@ def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predict
 
 @every_precision
 def test_exact_batches_of_a_faster_model_are_its_single_results_bit_for_bit(demo_predictor, precision):
-    model = engines.accelerated(demo_predictor.model, precision)
+    model = faster(demo_predictor.model, precision, image(192, 192))
     dataset = config.dataset_of(demo_predictor.cfg)
     predictor = Predictor(model, config.input_of(demo_predictor.cfg), dataset, batch="exact")
     images = demo.images()[:4]
@@ -158,7 +165,7 @@ def test_part_that_no_engine_runs_stays_as_it_is():
 
 @every_precision
 def test_threads_share_a_model(precision):
-    fast = engines.accelerated(built(tiny_cfg()), precision)
+    fast = faster(built(tiny_cfg()), precision)
     inputs = [image(64 + 32 * (each % 2), 96, each) for each in range(6)]
     alone = [tensors(run(fast, each)[0]["instances"]) for each in inputs]
     together = [None] * len(inputs)

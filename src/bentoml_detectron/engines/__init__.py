@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,18 +20,19 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, Standar
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from bentoml_detectron.engines import eager, proposals
+from bentoml_detectron.engines import eager, fusion, int8, proposals
 from bentoml_detectron.engines.graph import Graph
 from bentoml_detectron.engines.memory import keep_freed_memory
 from bentoml_detectron.engines.parts import Example, Part, Replacement, find, record, replaced, with_module
 from bentoml_detectron.engines.pooler import Pooler
+from bentoml_detectron.engines.quantized import Range, quantize
 from bentoml_detectron.engines.structure import rebuild, tensors
 from bentoml_detectron.errors import InvalidArgumentError
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16"]
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.25}
+Precision = Literal["fp32", "bf16", "int8"]
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.25, "int8": 0.8}
 """How far a part's outputs may be from Detectron2's, root mean square, with respect to their own. This tells a part that
 computes something else from rounding, which random weights amplify; what rounding costs a trained model, its AP tells."""
 _SIZE = (160, 192)  # height and width of the image that parts are tried with
@@ -47,6 +49,10 @@ def check(precision: str) -> None:
         raise InvalidArgumentError(
             f"precision={precision!r}; give one of {', '.join(map(repr, get_args(Precision)))}", value=precision
         )
+    if precision == "int8" and not has_int8():
+        raise InvalidArgumentError(
+            "this processor does not multiply 8-bit integers as int8 needs; give precision='fp32'", value=precision
+        )
     if precision == "bf16" and not has_bf16():
         raise InvalidArgumentError("this processor does not compute in bf16; give precision='fp32'", value=precision)
 
@@ -60,12 +66,18 @@ def has_bf16() -> bool:
     return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
 
 
-def accelerated(model: nn.Module, precision: Precision) -> nn.Module:
+def has_int8() -> bool:
+    """Whether the processor multiplies 8-bit integers into 32 bits, VNNI or AMX of x86, and PyTorch makes use of it."""
+    return int8.is_there()
+
+
+def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibration | None = None) -> nn.Module:
     """A view of a model that computes the same, faster.
 
     Args:
         model: In evaluation mode; it is left as it is.
         precision: Of the parts; what decodes and chooses boxes is float32.
+        calibration: What `calibrate` found, for int8.
 
     Returns:
         The view. Parts that do not run right in another way stay as they are; a model on a GPU stays so as a whole.
@@ -74,14 +86,12 @@ def accelerated(model: nn.Module, precision: Precision) -> nn.Module:
         return model
     keep_freed_memory()
     examples = _examples(model, find(model))
-    keeps_low = precision != "fp32" and _features_go_to(model, examples)
-    view = replaced(
-        model,
-        {
-            part: _adapted(model, part, example, _compiled(model, part, example, precision), keeps_low)
-            for part, example in examples.items()
-        },
-    )
+    keeps = precision != "fp32" and _features_go_to(model, examples)
+    replacements = {}
+    for part, example in examples.items():
+        run = _compiled(model, part, example, precision, calibration, keeps)
+        replacements[part] = _adapted(model, part, example, run, keeps)
+    view = replaced(model, replacements)
     for name, module in model.named_modules():
         if Pooler.takes(module):
             view = with_module(view, name, Pooler)
@@ -89,6 +99,31 @@ def accelerated(model: nn.Module, precision: Precision) -> nn.Module:
     if proposals.takes(generator):
         view = replaced(view, {Part("proposal_generator", "predict_proposals"): proposals.PredictProposals(generator)})
     return view
+
+
+def calibrate(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, int8.Ranges]:
+    """Measures the ranges that convolutions in int8 need.
+
+    Args:
+        model: In evaluation mode, on the CPU; it is left as it is.
+        run: Runs a model on the images of the calibration.
+
+    Returns:
+        The ranges that each convolution's input and output had, by its dotted name.
+    """
+    found: dict[str, int8.Ranges] = {}
+    replacements = {}
+    for part, example in _examples(model, find(model)).items():
+        graph = Graph(model, part, example)
+        fusion.fuse(graph)
+        int8.observe(graph.module, part.place, found)
+        replacements[part] = _adapted(model, part, example, partial(_called, graph), False)
+    run(replaced(model, replacements))
+    return found
+
+
+def _called(graph: Graph, inputs: Sequence[Any]) -> list[Any]:
+    return list(graph(*inputs))
 
 
 def _examples(model: nn.Module, parts: list[Part]) -> dict[Part, Example]:
@@ -133,10 +168,15 @@ def _features_go_to(model: nn.Module, examples: Mapping[Part, Example]) -> bool:
     return isinstance(model, DenseDetector) and Part("head", sizes=True) in examples
 
 
-def _compiled(model: nn.Module, part: Part, example: Example, precision: Precision) -> eager.Run | None:
+def _compiled(
+    model: nn.Module, part: Part, example: Example, precision: Precision, calibration: int8.Calibration | None, keeps: bool
+) -> eager.Run | None:
     """A part in a precision; None where it is not the same then."""
     try:
-        run = eager.compiled(Graph(model, part, example), precision)
+        if precision == "int8" and calibration is not None:
+            run = _in_integers(model, part, example, calibration, keeps)
+        else:
+            run = eager.compiled(Graph(model, part, example), _float(precision))
         error = _error(run, example)
     except Exception:
         logger.warning("%s does not run in %s; it stays as it is", part.place, precision, exc_info=True)
@@ -145,6 +185,33 @@ def _compiled(model: nn.Module, part: Part, example: Example, precision: Precisi
         return run
     logger.warning("%s in %s is off by %.2g; it stays as it is", part.place, precision, error)
     return None
+
+
+def _float(precision: str) -> torch.dtype:
+    """What a precision computes in, of what it does not compute in integers."""
+    return torch.bfloat16 if precision != "fp32" and has_bf16() else torch.float32
+
+
+def _in_integers(model: nn.Module, part: Part, example: Example, calibration: int8.Calibration, keeps: bool) -> eager.Run:
+    """A part in int8; in it, and between parts, features stay integers where only convolutions in integers take them."""
+    dtype, given = _float("int8"), tensors(example.arguments)
+    keeps_own = keeps and part.is_backbone
+    run = eager.compiled(Graph(model, part, example), dtype, calibration, keeps=keeps_own)
+    try:
+        _try(run, given)
+    except (TypeError, AttributeError):  # what takes tensors alone was given integers
+        run = eager.compiled(Graph(model, part, example), dtype, calibration, chained=False)
+    if keeps and part.sizes and not part.is_backbone:  # a head that takes feature maps
+        try:
+            _try(run, [quantize(each, Range(*(float(end) for end in each.aminmax()))) for each in given])
+        except (TypeError, AttributeError):
+            return lambda inputs: run([each.float() for each in inputs])
+    return run
+
+
+def _try(run: eager.Run, inputs: Sequence[Any]) -> None:
+    with torch.inference_mode():
+        run(inputs)
 
 
 def _error(run: eager.Run, example: Example) -> float:
@@ -156,7 +223,7 @@ def _error(run: eager.Run, example: Example) -> float:
         )
 
 
-def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | None, keeps_low: bool) -> Replacement:
+def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | None, keeps: bool) -> Replacement:
     """A part with the signature that Detectron2 calls; what it gives is float32 but for feature maps that may be less."""
     if run is None:
         own, into = part.of(model), rebuild(example.arguments)
@@ -166,6 +233,6 @@ def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | No
 
     def computed(*arguments: Any) -> Any:
         outputs = computes(tensors(arguments))
-        return outof(outputs if part.is_backbone and keeps_low else [each.float() for each in outputs])
+        return outof(outputs if part.is_backbone and keeps else [each.float() for each in outputs])
 
     return computed

@@ -1,34 +1,41 @@
-"""PyTorch's own kernels, with weights and features laid out as these like it best, in fp32 or bf16."""
+"""PyTorch's own kernels, with weights and features laid out as these like it best, in fp32, bf16 or int8."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
-from bentoml_detectron.engines import fusion
+from bentoml_detectron.engines import fusion, int8
+from bentoml_detectron.engines.graph import Graph
+from bentoml_detectron.engines.quantized import Quantized
 
-Run = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
-"""Computes a part: its input tensors, of any float dtype and layout, to its output tensors."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Run = Callable[[Sequence[Any]], list[Any]]
+"""Computes a part: what it takes, tensors of any float dtype and layout or `Quantized`, to what it gives."""
 
 
-def compiled(graph: nn.Module, precision: str) -> Run:
-    """Runs a graph channels-last, its weights and features in a precision.
+def compiled(
+    graph: Graph, dtype: torch.dtype, calibration: int8.Calibration | None = None, chained: bool = True, keeps: bool = False
+) -> Run:
+    """Runs a graph channels-last.
 
     Args:
-        graph: Of tensors; it is changed.
-        precision: One of `DTYPES`.
+        graph: Of tensors, in float32; it is changed.
+        dtype: float32 or bfloat16, of weights and features.
+        calibration: Of the model; convolutions that are in it compute in 8-bit integers.
+        chained: Whether these may hand on integers to each other.
+        keeps: Whether a backbone's feature maps may be given as `Quantized`.
     """
-    dtype = DTYPES[precision]
-    graph = graph.to(dtype).to(memory_format=torch.channels_last).eval()
+    graph = graph.eval()
     if fusion.is_there():
         fusion.fuse(graph)
+    if calibration is not None:
+        int8.quantize_convolutions(graph.module, graph.place, calibration, dtype, chained, keeps)
+    graph = graph.to(dtype).to(memory_format=torch.channels_last)
 
-    def run(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        return list(graph(*[channels_last(each.to(dtype)) for each in inputs]))
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        return list(graph(*[each if isinstance(each, Quantized) else channels_last(each.to(dtype)) for each in inputs]))
 
     return run
 

@@ -6,16 +6,23 @@ map can take as long as the convolution that made it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from detectron2.layers import Conv2d
-from detectron2.modeling.backbone.fpn import FPN
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import nn
 from torch.nn import functional
+
+from bentoml_detectron.engines.quantized import Quantized, mapped
+
+Computes: TypeAlias = Callable[[Any, bool, Any], Any]
+"""Computes a convolution of its first argument, rectified or not, plus the third."""
+_COMPUTES = "_computes"  # an attribute of convolutions
 
 
 def is_there() -> bool:
@@ -44,7 +51,7 @@ def fuse(module: nn.Module) -> nn.Module:
         elif isinstance(each, nn.Sequential):
             for first, then in pairwise(list[Any](each)):
                 _follow(first, then)
-        elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and _is_convolution(each):
+        elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and is_convolution(each):
             each.forward = partial(convolved, each, relu=True)
     return module
 
@@ -59,7 +66,26 @@ def _follow(first: Any, then: Any) -> None:
 
 
 def _skip(module: Any) -> None:
-    module.forward = lambda x: x
+    module.forward = _same
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def is_skipped(module: Any) -> bool:
+    """Whether what is before a module does what it did."""
+    return module.forward is _same
+
+
+def is_fused(module: Any) -> bool:
+    """Whether a module's convolutions do what follows them."""
+    return isinstance(module.forward, partial)
+
+
+def compute_by(conv: nn.Module, computes: Computes) -> None:
+    """Has a fused convolution computed in another way."""
+    conv.__dict__[_COMPUTES] = computes
 
 
 def _flatten_channels_last(flatten: Any, linear: Any) -> None:
@@ -79,7 +105,7 @@ def _flatten_channels_last(flatten: Any, linear: Any) -> None:
     flatten.forward = flat
 
 
-def _is_convolution(module: Any) -> bool:
+def is_convolution(module: Any) -> bool:
     """Whether it is a convolution over zeros, with nothing between it and its activation."""
     return (
         type(module) in (Conv2d, nn.Conv2d)
@@ -90,11 +116,20 @@ def _is_convolution(module: Any) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    return _is_convolution(module) and getattr(module, "activation", None) is None
+    return is_convolution(module) and getattr(module, "activation", None) is None
 
 
-def convolved(conv: Any, x: torch.Tensor, relu: bool = False, add: torch.Tensor | None = None) -> torch.Tensor:
-    """A convolution, plus another tensor, rectified."""
+def convolved(conv: Any, x: Any, relu: bool = False, add: Any = None) -> Any:
+    """A convolution, plus another tensor, rectified; in the way that was set for it."""
+    computes: Computes | None = conv.__dict__.get(_COMPUTES)
+    if computes is not None:
+        return computes(x, relu, add)
+    x, add = (each.to(conv.weight.dtype) if isinstance(each, Quantized) else each for each in (x, add))
+    return in_floats(conv, x, relu, add)
+
+
+def in_floats(conv: Any, x: torch.Tensor, relu: bool, add: torch.Tensor | None) -> torch.Tensor:
+    """A convolution in the type of its weights."""
     if not x.numel():
         y = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y  # there is nothing to add to
@@ -107,29 +142,49 @@ def convolved(conv: Any, x: torch.Tensor, relu: bool = False, add: torch.Tensor 
     return result
 
 
-def _residual(block: Any, first: tuple[nn.Module, ...], last: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _residual(block: Any, first: tuple[Any, ...], last: Any, x: Any) -> Any:
+    take = getattr(first[0].__dict__.get(_COMPUTES), "taken", None)
+    x = x if take is None else take(x)  # once for the two that take it
     y = x
     for conv in first:
         y = convolved(conv, y, relu=True)
-    return convolved(last, y, relu=True, add=x if block.shortcut is None else block.shortcut(x))
+    shortcut = block.shortcut
+    if shortcut is None:
+        add = mapped(torch.clone, x) if isinstance(x, Quantized) else x  # integers are added in place
+    else:
+        add = convolved(shortcut, x) if _is_plain(shortcut) else shortcut(x)
+    return convolved(last, y, relu=True, add=add)
 
 
-def _pyramid(fpn: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+def _pyramid(fpn: Any, x: torch.Tensor) -> dict[str, Any]:
     """As ``FPN.forward``: each level's lateral convolution adds the level above it, made twice as large."""
     below = fpn.bottom_up(x)
-    results: list[torch.Tensor] = []
-    above = None
+    results: list[Any] = []
+    above: Any = None
     for name, lateral, output in zip(reversed(fpn.in_features), fpn.lateral_convs, fpn.output_convs, strict=True):
         if above is not None:
-            above = functional.interpolate(above, scale_factor=2.0, mode="nearest")
+            above = mapped(_doubled, above)
         above = convolved(lateral, below[name], add=above)
         if results and fpn._fuse_type == "avg":
-            above /= 2
+            above = above.halved() if isinstance(above, Quantized) else above / 2
         results.insert(0, output(above))
     if fpn.top_block is not None:
         name = fpn.top_block.in_feature
-        results += fpn.top_block(below[name] if name in below else results[fpn._out_features.index(name)])
+        top = below[name] if name in below else results[fpn._out_features.index(name)]
+        if type(fpn.top_block) is LastLevelMaxPool:
+            results.append(mapped(_every_other, top))
+        else:
+            results += fpn.top_block(top.to(next(fpn.top_block.parameters()).dtype) if isinstance(top, Quantized) else top)
     return dict(zip(fpn._out_features, results, strict=True))
+
+
+def _doubled(x: torch.Tensor) -> torch.Tensor:
+    return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _every_other(x: torch.Tensor) -> torch.Tensor:
+    """As ``LastLevelMaxPool``, whose window is one pixel."""
+    return x[:, :, ::2, ::2]
 
 
 def _stem(stem: Any, x: torch.Tensor) -> torch.Tensor:

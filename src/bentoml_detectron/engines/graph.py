@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -25,10 +25,11 @@ class Graph(nn.Module):
     def __init__(self, model: nn.Module, part: Part, example: Example) -> None:
         super().__init__()
         self.module = fold(copy.deepcopy(model.get_submodule(part.place)))
+        self.place = part.place
         self._part = Part("module", part.method)
         self._arguments = rebuild(example.arguments)
 
-    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
         """The part's output tensors."""
         return tuple(tensors(self._part.of(self)(*self._arguments(list(inputs)))))
 

@@ -8,6 +8,7 @@ from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels, conve
 from detectron2.structures import Boxes
 from torch import nn
 
+from bentoml_detectron.engines.quantized import Quantized
 from bentoml_detectron.engines.roi_align import roi_align
 
 
@@ -29,7 +30,7 @@ class Pooler(nn.Module):
         levels = getattr(module, "level_poolers", ())
         return type(module) is ROIPooler and all(isinstance(each, ROIAlign) for each in levels)
 
-    def forward(self, features: list[torch.Tensor], box_lists: list[Boxes]) -> torch.Tensor:
+    def forward(self, features: list[torch.Tensor | Quantized], box_lists: list[Boxes]) -> torch.Tensor:
         """As `ROIPooler.forward`; (M, C, *output_size), channels-last."""
         boxes = convert_boxes_to_pooler_format(box_lists)
         if len(self._scales) > 1:
@@ -38,5 +39,10 @@ class Pooler(nn.Module):
             levels = torch.zeros(len(boxes), dtype=torch.int64)
         known = (levels >= 0) & (levels < len(self._scales))  # boxes with their corners the wrong way round are of no level
         levels = torch.where(known, levels, 0)
-        pooled = roi_align(features, boxes, levels, self._scales, self.output_size, self._sampling_ratio, self._aligned)
+        # The steps of integers from their zeros are whole numbers, which bfloat16 holds; they are scaled when there are fewer.
+        steps = [each.values.to(torch.bfloat16).sub_(each.zero) if isinstance(each, Quantized) else each for each in features]
+        pooled = roi_align(steps, boxes, levels, self._scales, self.output_size, self._sampling_ratio, self._aligned)
+        if any(isinstance(each, Quantized) for each in features):
+            sizes = pooled.new_tensor([each.scale if isinstance(each, Quantized) else 1.0 for each in features])
+            pooled *= sizes[levels, None, None, None]
         return pooled if bool(known.all()) else pooled * known[:, None, None, None]

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from bentoml_detectron.engines.quantized import Quantized
 
-def tensors(nested: Any) -> list[torch.Tensor]:
+
+def tensors(nested: Any) -> list[Any]:
     """The tensors in nested lists, tuples and dicts, in order.
 
     Raises:
         TypeError: Something else is in there.
     """
-    if isinstance(nested, torch.Tensor):
+    if isinstance(nested, (torch.Tensor, Quantized)):
         return [nested]
     if isinstance(nested, dict):
         nested = nested.values()
