@@ -125,7 +125,7 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
         return build_model(_without_weights(config.from_plain(plain, tuples), torch.device("cpu")))
 
     with own_random_numbers(torch.device("cpu")):
-        rebuilt: nn.Module = _build(build, math.inf)
+        rebuilt: nn.Module = build_safely(build)
     state = module.state_dict()
     weights.check(
         state, rebuilt, "the module's weights are not those that its config asks for; save it with the config "
@@ -198,7 +198,7 @@ def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
         checked = pool.submit(saved.check_weights_file)
         # With no weights named, DefaultPredictor leaves its model as it was built.
         most_bytes = 4 * saved.weights_size() + (1 << 30)
-        built = _build(build, most_bytes)
+        built = build_safely(build, most_bytes)
         try:
             state = weights.read(saved.folder)
         finally:
@@ -233,7 +233,13 @@ def _without_weights(cfg: CfgNode, device: torch.device) -> CfgNode:
     return cfg
 
 
-def _build(build: Callable[[], Any], most_bytes: float) -> Any:
+def build_safely(build: Callable[[], Any], most_bytes: float = math.inf) -> Any:
+    """What `build` builds, a module or a predictor, on the CPU; its parameters are left unfilled, for weights to come.
+
+    Raises:
+        InvalidModelError: It fails, or makes tensors of more than `most_bytes` together.
+        UnknownEntryError: It asks for an entry that no registry has.
+    """
     try:
         # Detectron2 builds on PyTorch's default device, the CPU, and moves what it built; the caller may have changed it.
         default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")

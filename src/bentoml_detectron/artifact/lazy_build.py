@@ -92,6 +92,17 @@ def targets(plain: Plain) -> list[str]:
     return sorted({name for name in names if isinstance(name, str)})
 
 
+def untrusted(plain: Plain) -> list[str]:
+    """The modules of those names that `build` runs only if they are trusted, sorted."""
+    modules = set()
+    for name in targets(plain):
+        try:
+            _package_of(name, ())
+        except UntrustedCodeError:
+            modules.add(name.rpartition(".")[0])
+    return sorted(modules)
+
+
 def _calls(value: Any) -> Iterator[Plain]:
     if isinstance(value, dict):
         if "_target_" in value:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
-from typing import NoReturn
+from mmap import mmap
+from typing import Any, NoReturn
 
 from bentoml_detectron.errors import UnsafeFileError
 
@@ -57,7 +58,26 @@ class _Opcode:
 _TABLE = {ord(opcode.code): _Opcode(opcode) for opcode in pickletools.opcodes}
 
 
-def check(content: bytes, file: str, opcodes: frozenset[str], is_known: Callable[[str, str], bool]) -> None:
+class Inert:
+    """Stands for a function that a pickle names.
+
+    It takes no state. A function would: a pickle could set its attributes, and so spoil it for the rest of the process.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives."""
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> NoReturn:
+        raise ValueError("a function is given a state")
+
+
+def check(content: bytes | mmap, file: str, opcodes: frozenset[str], is_known: Callable[[str, str], bool]) -> None:
     """Reads a pickle's opcodes to the end.
 
     Args:
@@ -85,7 +105,9 @@ def check(content: bytes, file: str, opcodes: frozenset[str], is_known: Callable
             position = start + opcode.length_bytes
             position += int.from_bytes(content[start:position], "little")
         for _ in range(opcode.lines):
-            position = content.index(b"\n", position) + 1
+            position = content.find(b"\n", position) + 1  # what is mapped has no index()
+            if not position:
+                raise ValueError("a line without an end")
         name = opcode.name
         count += 1
         if name not in opcodes:

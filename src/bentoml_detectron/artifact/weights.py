@@ -67,6 +67,36 @@ def read(folder: Path, name: str = WEIGHTS) -> State:
         CorruptFileError: The file is missing, cut short or no checkpoint.
         UnsafeFileError: It holds something else than plain tensors that it has the bytes for.
     """
+    checkpoint = _checkpoint(folder, name)
+    state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise CorruptFileError(f"{name} in {folder} is no checkpoint: it has no 'model'", file=name)
+    _check_tensors(state, folder, name)
+    return state
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint from elsewhere as `read` does: one of Detectron2's training, or a state dict alone.
+
+    Returns:
+        ``"model"``, a state dict, and what else is in the file, such as the optimizer's state: plain values and tensors.
+
+    Raises:
+        CorruptFileError: As in `read`.
+        UnsafeFileError: As in `read`.
+    """
+    checkpoint = _checkpoint(path.parent, path.name)
+    if not isinstance(checkpoint, dict):
+        raise CorruptFileError(f"{path} holds a {type(checkpoint).__name__}, not a state dict", file=path.name)
+    if "model" not in checkpoint:
+        checkpoint = {"model": checkpoint}
+    if not isinstance(checkpoint["model"], dict):
+        raise CorruptFileError(f"{path} is no checkpoint: its 'model' is no state dict", file=path.name)
+    _check_tensors(checkpoint["model"], path.parent, path.name)
+    return checkpoint
+
+
+def _checkpoint(folder: Path, name: str) -> Any:
     with open(files.open_inside(folder, name), "rb") as file:  # noqa: PTH123 (a descriptor, not a path)
         try:
             _check_layout(file)
@@ -81,14 +111,14 @@ def read(folder: Path, name: str = WEIGHTS) -> State:
             raise UnsafeFileError(f"{name} in {folder} holds {exc}", file=name) from exc
         except Exception as exc:  # a damaged file fails in whatever way its bytes lead to
             raise CorruptFileError(f"{name} in {folder} is no checkpoint of PyTorch 1.6 or later: {exc!r}", file=name) from exc
-    state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
-        raise CorruptFileError(f"{name} in {folder} is no checkpoint: it has no 'model'", file=name)
+    return checkpoint
+
+
+def _check_tensors(state: dict[Any, Any], folder: Path, name: str) -> None:
     for key, value in state.items():
         if type(key) is not str or not isinstance(value, torch.Tensor):
             label = key[:200] if isinstance(key, str) else type(key).__name__
             raise UnsafeFileError(f"{name} in {folder}: {label!r} is a {type(value).__name__}, not a tensor", file=name)
-    return state
 
 
 def _members(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -164,8 +194,8 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _State,
     ("collections", "Counter"): dict,  # in the schedulers of training checkpoints
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): pickles.Inert(_tensor),
+    ("torch._utils", "_rebuild_parameter"): pickles.Inert(_parameter),
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
 }
 
@@ -217,8 +247,8 @@ def _check_layout(file: IO[bytes]) -> None:
         raise ValueError("its directory is not at its end")
 
 
-def _ignored(key: str) -> bool:
-    """Whether a name may be on one side only, as in Detectron2's own DetectionCheckpointer.
+def is_optional(key: str) -> bool:
+    """Whether the name of a weight may be on one side only, as in Detectron2's own DetectionCheckpointer.
 
     Pixel statistics and anchors come from the config; some versions of Detectron2 also kept them among the weights. Batches are
     counted for training alone, by FrozenBatchNorm2d in later versions only.
@@ -237,8 +267,8 @@ def check(state: Mapping[str, Any], module: nn.Module, message: str, file: str |
         WeightsMismatchError: It is not; the error lists what is missing, unexpected and misshaped.
     """
     due = module.state_dict()
-    missing = [key for key in due if key not in state and not _ignored(key)]
-    unexpected = [key for key in state if key not in due and not _ignored(key)]
+    missing = [key for key in due if key not in state and not is_optional(key)]
+    unexpected = [key for key in state if key not in due and not is_optional(key)]
     for key in due:
         if key in state and isinstance(due[key], torch.Tensor) and _kind(state[key]) != _kind(due[key]):
             raise WeightsMismatchError(f"{message}: {key} is {state[key].dtype}, should be {due[key].dtype}", file=file)
@@ -269,5 +299,5 @@ def differ(state: State, folder: Path, name: str) -> bool | None:
         other = read(folder, name)
     except (CorruptFileError, UnsafeFileError):
         return None
-    keys, others = ({key for key in names if not _ignored(key)} for names in (state, other))
+    keys, others = ({key for key in names if not is_optional(key)} for names in (state, other))
     return keys != others or any(not torch.equal(state[key], other[key]) for key in keys)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+import textwrap
+import warnings
 from importlib import import_module
 from typing import Any
 
 import click
 
-COMMANDS = ("demo", "serve", "verify")
+COMMANDS = ("demo", "save", "serve", "verify")
 
 
 class _Commands(click.Group):
-    """Finds its commands in this package's modules, and shows an error as one line."""
+    """Finds its commands in this package's modules, and shows an error as one line, with exit status 1."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -25,15 +27,38 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from bentoml._internal.configuration import get_debug_mode
-        from bentoml.exceptions import BentoMLException
 
-        try:
-            return super().invoke(ctx)
-        except BentoMLException as exc:
-            if get_debug_mode():  # BentoML gives each of its commands the option --debug
+        is_debug = get_debug_mode()  # BentoML gives each of its commands the option --debug
+        with warnings.catch_warnings():
+            if not is_debug:  # what these warn of is for those who write programs
+                warnings.filterwarnings("ignore", module=r"(torch|torchvision|detectron2|fvcore|iopath)(\.|\Z)")
+            try:
+                return super().invoke(ctx)
+            except (click.exceptions.Exit, click.Abort, click.exceptions.NoArgsIsHelpError):
                 raise
-            click.echo(f"Error: {' '.join(str(exc).split())}", err=True)
-            sys.exit(1)
+            except Exception as exc:
+                if is_debug and not isinstance(exc, click.ClickException):
+                    raise
+                click.echo(f"Error: {_line(exc)}", err=True)
+                sys.exit(1)
+
+
+def _line(exc: Exception) -> str:
+    """An error as one line, with its cure."""
+    from bentoml.exceptions import BentoMLException
+
+    if isinstance(exc, click.UsageError) and exc.ctx is not None:
+        return f"{_short(exc.format_message())} See '{exc.ctx.command_path} --help'"
+    if isinstance(exc, click.ClickException):
+        return _short(exc.format_message())
+    if isinstance(exc, BentoMLException):
+        return _short(str(exc))
+    return f"{_short(f'{type(exc).__name__}: {exc}')}; 'bentoml detectron --debug ...' shows where"
+
+
+def _short(text: str) -> str:
+    """On one line; a list of hundreds of names is cut."""
+    return textwrap.shorten(text, 1000, placeholder=" ...")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command("serve")
 @click.argument("tag")
 @click.option("--host", default="127.0.0.1", show_default=True, help="IP address to listen on; 0.0.0.0 for all.")
-@click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes, each with the model.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="bf16 is faster.")

@@ -1,0 +1,85 @@
+"""``bentoml detectron save``: from a config file and weights to BentoML's model store."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from bentoml import Model
+
+    from bentoml_detectron.from_files import Built
+
+_SHOWN = 5  # names in a line
+
+
+# As in Detectron2's own tools, all that comes after the first KEY are overrides, a value of -1 too.
+@click.command("save", context_settings={"allow_interspersed_args": False})
+@click.option("--config-file", required=True, metavar="FILE", type=click.Path(),
+              help="The config: a .yaml file, a name of Detectron2's model zoo, or a LazyConfig's .py file.")  # fmt: skip
+@click.option("--weights", metavar="FILE", type=click.Path(),
+              help="The trained weights: .pth, or the model zoo's .pkl. What the config names unless given.")  # fmt: skip
+@click.option("--name", required=True, metavar="TAG", help="The saved model's name, or name:version.")
+@click.option("--classes-from", metavar="FILE", type=click.Path(path_type=Path),
+              help="A COCO annotation file whose categories name the model's classes.")  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, help="Run the .py file of a LazyConfig.")
+@click.argument("overrides", nargs=-1, metavar="[KEY VALUE]...")
+def command(
+    config_file: str,
+    weights: str | None,
+    name: str,
+    classes_from: Path | None,
+    trust_remote_code: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Save a model from a config file, weights and overrides, as Detectron2's own tools take them.
+
+    Overrides come last: KEY VALUE pairs, or key=value for a LazyConfig. Nothing is downloaded, and no file is unpickled.
+
+    \b
+    Examples:
+      bentoml detectron save --config-file output/config.yaml --weights output/model_final.pth --name street
+      bentoml detectron save --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml \\
+        --weights model_final_f10217.pkl --name mask_rcnn MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5
+      bentoml detectron save --config-file config.yaml --weights model.pth --name street --classes-from train.json
+      bentoml detectron save --config-file retinanet.py --weights model.pth --name retinanet \\
+        --trust-remote-code model.num_classes=10
+    """
+    from bentoml_detectron import from_files, save_model
+
+    # What Detectron2 says of names and shapes is in the summary, or in the error.
+    logging.getLogger("detectron2").setLevel(logging.CRITICAL)
+    built = from_files.build(config_file, weights, overrides, classes_from=classes_from, trust_remote_code=trust_remote_code)
+    saved = save_model(name, built.checkpointables, built.config)
+    click.echo(f"Saved {saved.tag}")
+    for label, text in _summary(saved, built):
+        click.echo(f"  {label:<11} {text}")
+    options = "".join(f" --trusted {module}" for module in built.untrusted)
+    click.echo(f"\nNext: bentoml detectron serve {saved.tag}{options}")
+
+
+def _summary(saved: Model, built: Built) -> list[tuple[str, str]]:
+    """What was saved, as a label and a text a line."""
+    from bentoml_detectron.artifact import manifest
+
+    content = manifest.read(Path(saved.path))
+    parameters = sum(each.numel() for each in built.module.parameters())
+    size = sum(each.size for each in content.files.values())
+    image = content.input
+    classes = (content.dataset and (content.dataset.thing_classes or content.dataset.stuff_classes)) or []
+    lines = [
+        ("model", f"{type(built.module).__name__}, {parameters:,} parameters, {size / 1e6:,.1f} MB"),
+        ("input", f"{image.format}, shorter edge {image.min_size_test} pixels, longer at most {image.max_size_test}"),
+        ("classes", f"{len(classes)}: {_some(classes)}" if classes else "without names; --classes-from FILE gives them some"),
+        ("self-test", "recorded" if content.self_test else "none: the model does not run on an image alone"),
+    ]
+    if built.unused:
+        lines.append(("not used", f"{len(built.unused)} of the file's weights: {_some(built.unused)}"))
+    return lines
+
+
+def _some(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
