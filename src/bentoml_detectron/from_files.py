@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from bentoml_detectron import categories
-from bentoml_detectron.artifact import files, lazy, lazy_build, weights, zoo_pickle
+from bentoml_detectron.artifact import files, lazy, lazy_build, plain_yaml, weights, zoo_pickle
 from bentoml_detectron.errors import (
     CorruptFileError,
     DetectronError,
@@ -144,13 +144,17 @@ class _LocalConfig(CfgNode):  # type: ignore[misc]
                 value=filename,
             )
         path = Path(filename).resolve()
-        return io.StringIO(files.read_small(path.parent, path.name).decode())
+        text = files.read_small(path.parent, path.name)
+        plain_yaml.check(text, path.name, aliases=16, may_have_base=True)
+        return io.StringIO(text.decode())
 
 
 def _yacs_config(path: Path, overrides: Sequence[str]) -> CfgNode:
     cfg = _LocalConfig(get_cfg())
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
+    except InvalidModelError as exc:
+        raise InvalidArgumentError(f"{exc}; a config is a plain file of keys and values", value=str(path)) from exc
     except DetectronError:
         raise
     except Exception as exc:  # a file may be wrong in as many ways as YAML and Detectron2 have lines

@@ -116,8 +116,7 @@ FORGED = {
         + b"".join(text(str(i)) + raw(b"(J" + struct.pack("<i", 125_000) + b"t", b"h\x05") + b"s" for i in range(1000)) + b"s."
     ),
     "one text encoded ten thousand times": lambda touch: (
-        b"\x80\x04" + text("x" * 500_000) + b"q\x050" + b"c_codecs\nencode\n(h\x05" + text("latin1") + b"tR0" * 1
-        + (b"c_codecs\nencode\n(h\x05" + text("latin1") + b"tR0") * 10_000 + b"}."
+        b"\x80\x04" + text("x" * 500_000) + b"q\x020" + (b"c_codecs\nencode\n(h\x02" + text("latin1") + b"tR0") * 10_000 + b"}."
     ),
     "more arrays than a model has": lambda touch: pickle.dumps(
         {"model": {str(i): np.ones(1) for i in range(zoo_pickle.MAX_ARRAYS + 1)}, "__author__": ""}
@@ -158,6 +157,8 @@ def test_forged_zoo_file(content, tmp_path, sentinel):
     with pytest.raises((errors.UnsafeFileError, errors.CorruptFileError)) as caught:
         zoo_pickle.read(path)
     assert caught.value.file == "model.pkl"
+    if content in (FORGED["one blob in a thousand arrays"], FORGED["one text encoded ten thousand times"]):
+        assert "more bytes than it has" in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
@@ -211,6 +212,8 @@ CONFIGS = {
     "_BASE_ among several": "_BASE_: ['https://127.0.0.1:9/base.yaml']\n",
     "_BASE_ to itself": "_BASE_: config.yaml\n",
     "_BASE_ to a device": "_BASE_: /dev/zero\n",
+    "aliases that unfold": "b0: &b0 {k: x}\n" + "".join(f"b{i}: &b{i} {{k: *b{i - 1}, l: *b{i - 1}}}\n" for i in range(1, 40)),
+    "nesting that overflows the C stack": "a: " + "[" * 100_000 + "]" * 100_000,
     "five megabytes": "A: " + "x" * (5 << 20),
     "no mapping": "7\n",
     "nothing": "",

@@ -43,7 +43,7 @@ def load(text: bytes, file: str) -> Any:
         raise CorruptFileError(f"{file} cannot be read: {exc}", file=file) from exc
 
 
-def check(text: bytes, file: str, *, aliases: int = 0, tags: frozenset[str] = frozenset()) -> None:
+def check(text: bytes, file: str, *, aliases: int = 0, tags: frozenset[str] = frozenset(), may_have_base: bool = False) -> None:
     """Refuses what plain data never has.
 
     Args:
@@ -51,6 +51,7 @@ def check(text: bytes, file: str, *, aliases: int = 0, tags: frozenset[str] = fr
         file: Its name, for the errors.
         aliases: How many aliases it may have.
         tags: The explicit tags that it may have.
+        may_have_base: Whether it may have ``_BASE_``.
 
     Raises:
         CorruptFileError: It is no YAML.
@@ -66,7 +67,7 @@ def check(text: bytes, file: str, *, aliases: int = 0, tags: frozenset[str] = fr
                 depth -= 1
             elif isinstance(event, yaml.AliasEvent):
                 aliases -= 1
-            found = _offence(event, tags, aliases)
+            found = _offence(event, tags, aliases, may_have_base)
             if depth > MAX_DEPTH:
                 found = f"nesting deeper than {MAX_DEPTH}"
             elif values > 2 * MAX_VALUES:
@@ -77,7 +78,7 @@ def check(text: bytes, file: str, *, aliases: int = 0, tags: frozenset[str] = fr
         raise CorruptFileError(f"{file} is no YAML: {exc}", file=file) from exc
 
 
-def _offence(event: Any, tags: frozenset[str], aliases: int) -> str | None:
+def _offence(event: Any, tags: frozenset[str], aliases: int, may_have_base: bool) -> str | None:
     tag = getattr(event, "tag", None)
     if tag is not None and tag not in tags:
         return f"the tag {tag!r}"
@@ -85,7 +86,7 @@ def _offence(event: Any, tags: frozenset[str], aliases: int) -> str | None:
         return f"the alias {event.anchor!r}"
     if not isinstance(event, yaml.ScalarEvent):
         return None
-    if event.value == "_BASE_":
+    if event.value == "_BASE_" and not may_have_base:
         return "_BASE_, which would read another file"
     if event.implicit[0] and (len(event.value) > _MAX_PLAIN or _BASE_60.match(event.value)):
         return f"the unquoted value {event.value[:50]!r}..., too long or a number to base 60"
