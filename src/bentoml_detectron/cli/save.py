@@ -51,7 +51,8 @@ def command(
     from bentoml_detectron import from_files, save_model
 
     # What Detectron2 says of names and shapes is in the summary, or in the error.
-    logging.getLogger("detectron2").setLevel(logging.CRITICAL)
+    for library in ("detectron2", "fvcore"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     built = from_files.build(config_file, weights, overrides, classes_from=classes_from, trust_remote_code=trust_remote_code)
     saved = save_model(name, built.checkpointables, built.config)
     click.echo(f"Saved {saved.tag}")
