@@ -21,8 +21,8 @@ BentoML's completion of the shell knows these commands and their options, after 
 
 or, for zsh and fish, with `zsh_source` or `fish_source` in its place.
 
-Saved models are BentoML models: `bentoml models list`, `get`, `export`, `import` and `delete` work on them. `bentoml models push`
-needs a BentoCloud account, and was not tried.
+Saved models are BentoML models: `bentoml models list`, `get`, `export`, `import` and `delete` work on them. `bentoml models
+push` needs a BentoCloud account, and was not tried.
 
     bentoml models export street:latest street.bentomodel
     bentoml models import street.bentomodel

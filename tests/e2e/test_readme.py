@@ -51,6 +51,8 @@ def test_every_block(tmp_path, monkeypatch):
     assert len(BLOCKS) >= 8
     monkeypatch.chdir(tmp_path)
     (tmp_path / "picture.jpg").write_bytes(demo.images()[3].read_bytes())
+    (tmp_path / "config.yaml").write_bytes(Path(demo.__file__).with_name("config.yaml").read_bytes())
+    (tmp_path / "model_final.pth").write_bytes(Path(demo.__file__).with_name("weights.pth").read_bytes())
     with contextlib.ExitStack() as servers:
         run_blocks(tmp_path, servers)
     assert (tmp_path / "demo.png").stat().st_size > 10_000
