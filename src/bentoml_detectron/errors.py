@@ -23,6 +23,7 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
     │   ├── UnsupportedFormatError  written by a later version
     │   ├── UnknownEntryError       the config names a registry entry that is not there
     │   └── WeightsMismatchError    weights and config do not belong together
+    ├── OptimizationError           a model in another precision is not worth it
     └── SaveError                   the store could not take the model
 
 A message names the offending value and the cure; the value is also an attribute.
@@ -48,6 +49,7 @@ __all__ = [
     "InvalidModelError",
     "ModelNotFoundError",
     "NotReadyError",
+    "OptimizationError",
     "OutOfMemoryError",
     "OverloadedError",
     "RequestError",
@@ -210,6 +212,10 @@ class WeightsMismatchError(InvalidModelError):
         lines += [f"  unexpected: {name}" for name in self.unexpected]
         lines += [f"  misshaped: {name} is {found}, should be {due}" for name, (found, due) in self.misshaped.items()]
         super().__init__("\n".join(lines), file=file)
+
+
+class OptimizationError(DetectronError):
+    """A model in another precision is slower or finds something else; nothing was saved. Its value says why, a line each."""
 
 
 class SaveError(DetectronError):

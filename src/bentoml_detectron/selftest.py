@@ -213,6 +213,14 @@ def compare(
     return problems
 
 
+def is_alike(due: Any, got: Any, tolerance: Tolerance) -> bool:
+    """Whether two outputs of `run`, of `Detections`, are the same within a tolerance; what gives something else never is."""
+    if not isinstance(due, Detections) or not isinstance(got, Detections) or _kinds(due) != _kinds(got):
+        return False
+    least = {"detections": tolerance.matched, "semantic pixels": tolerance.labels, "panoptic pixels": tolerance.labels}
+    return all(share >= least[part] for part, share in _alike(due, got, tolerance).items())
+
+
 def settings(model: nn.Module) -> dict[str, str]:
     """The plain values that a model's modules hold, by path; those of layers, which are many and alike, counted by class."""
     found = {}

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from bentoml_detectron.artifact.folder import Description, SavedModel
     from bentoml_detectron.artifact.manifest import SelfTest
     from bentoml_detectron.engines import Precision
+    from bentoml_detectron.engines.int8 import Calibration
     from bentoml_detectron.images import Limits
     from bentoml_detectron.predictor import Predictor
 
@@ -138,7 +139,9 @@ def load_predictor(
         bento_model: The model, or its tag, in BentoML's model store; a ``DefaultPredictor`` or a module was saved.
         device_id: As in `load_model`.
         precision: "fp32": results are those of ``DefaultPredictor`` but for rounding: boxes within 0.05 pixels, scores within
-            1e-3. "bf16": faster, on processors that compute in it.
+            1e-3. "bf16": faster, on processors that compute in it. "int8": faster still, for models that ``bentoml detectron
+            optimize`` has calibrated, on processors that multiply 8-bit integers. "auto": the fastest of these here that finds
+            on a fixed image what fp32 finds: boxes within 2 pixels, scores within 0.04.
         trust_remote_code: As in `load_model`.
         trusted: As in `load_model`.
         batch: "padded": images of one padded shape go through the model together. "exact": each on its own, so that its results
@@ -167,12 +170,18 @@ def load_predictor(
 def load_both(saved: SavedModel, device_id: str, precision: Precision, **options: Any) -> tuple[nn.Module, Predictor]:
     """A model as Detectron2 runs it, and its predictor with these options; as `load_predictor`."""
     from bentoml_detectron import engines
+    from bentoml_detectron.engines import int8
+    from bentoml_detectron.fastest import fastest
     from bentoml_detectron.model import load, module_of
     from bentoml_detectron.predictor import Predictor
 
-    engines.check(precision)
+    calibration = saved.manifest.calibration if saved.manifest is not None else None
+    engines.check(precision, is_calibrated=calibration is not None)
     module = module_of(load(saved, device_id))
-    return module, Predictor(engines.accelerated(module, precision), saved.input, saved.dataset, **options)
+    ranges = None if calibration is None else int8.from_plain(calibration)
+    is_auto = precision == "auto"
+    view = fastest(module, saved.input, ranges).model if is_auto else engines.accelerated(module, precision, ranges)
+    return module, Predictor(view, saved.input, saved.dataset, **options)
 
 
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:
@@ -262,6 +271,50 @@ def save_model(
         _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, external_modules or [])
         folder.write_parts(content, module, description.plain)
         folder.seal(content, description, is_predictor=is_predictor, external_modules=carried, self_test=tested)
+        publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
+    return get(info.tag)
+
+
+def save_calibrated(
+    bento_model: Model, saved: SavedModel, name: Tag | str, calibration: Calibration, metadata: Mapping[str, Any]
+) -> Model:
+    """Saves a saved model once more, with what int8 needs; weights, config and all else are the same.
+
+    Args:
+        bento_model: The saved model.
+        saved: The same, opened.
+        name: Of the new one, or a tag with a version.
+        calibration: Of its module.
+        metadata: What to add to BentoML's metadata.
+
+    Returns:
+        The new model.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) `name` is no tag.
+        InvalidModelError: BentoML's own adapter saved the model, or a file of it is damaged.
+        SaveError: The version exists already, or the disk would not take it.
+    """
+    from bentoml_detectron.artifact import folder
+    from bentoml_detectron.engines import int8
+
+    if saved.manifest is None:
+        raise InvalidModelError(
+            f"BentoML's own adapter saved {bento_model.tag}; load it and save it with bentoml.detectron.save_model first",
+            value=str(bento_model.tag),
+        )
+    old = bento_model.info
+    info = _record(
+        _check_tag(name), saved.is_predictor, saved.manifest.versions["detectron2"], dict(old.signatures), old.labels,
+        {**old.metadata, **metadata},
+    )  # fmt: skip
+    store = Path(BentoMLContainer.model_store_dir.get())
+    with staged(store) as scratch, _one_error(info.tag):
+        content = scratch / "model"
+        content.mkdir()
+        with (content / RECORD).open("w", encoding="utf-8") as file:
+            info.dump(file)
+        folder.copy_calibrated(saved.folder, content, saved.manifest, int8.to_plain(calibration))
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
     return get(info.tag)
 

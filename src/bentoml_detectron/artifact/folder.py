@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import stat
 import warnings
 from collections.abc import Mapping, Sequence
@@ -136,6 +137,28 @@ def seal(
         files={path.name: manifest.record(folder, path.name) for path in sorted(folder.iterdir())},
     )
     (folder / manifest.MANIFEST).write_bytes(manifest.dump(content))
+
+
+def copy_calibrated(
+    source: Path, folder: Path, content: Manifest, calibration: Mapping[str, tuple[float, float, float, float]]
+) -> None:
+    """Writes a saved model once more, with a calibration; all but ``model.yaml``, which is in the folder already.
+
+    Args:
+        source: The saved model's folder.
+        folder: Where to write.
+        content: The source's manifest.
+        calibration: As in `Manifest`.
+
+    Raises:
+        CorruptFileError: A file of the source is damaged.
+    """
+    for name in sorted(content.files.keys() - {"model.yaml"}):
+        shutil.copyfile(source / name, folder / name)
+        manifest.check_file(folder, name, content)
+    listed = {path.name: manifest.record(folder, path.name) for path in sorted(folder.iterdir())}
+    changed = Manifest.model_validate({**content.model_dump(), "calibration": dict(calibration), "files": listed})
+    (folder / manifest.MANIFEST).write_bytes(manifest.dump(changed))
 
 
 def versions() -> dict[str, str]:

@@ -101,8 +101,17 @@ class SelfTest(_Part):
     tensors: Annotated[dict[_Name, Tensor], Field(max_length=1000)]
 
 
+_Low = Annotated[float, Field(le=0, allow_inf_nan=False)]
+_High = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Manifest(_Part):
-    """A whole manifest."""
+    """A whole manifest.
+
+    Attributes:
+        calibration: The least and largest value that each convolution took, and those that it gave, on a user's images, by the
+            convolution's dotted name; what int8 needs.
+    """
 
     format: Literal[1]
     kind: Literal["predictor", "module"]
@@ -113,6 +122,7 @@ class Manifest(_Part):
     registry_entries: Annotated[list[Entry], Field(max_length=1000)]
     external_modules: Annotated[list[_Name], Field(max_length=1000)] = []
     self_test: SelfTest | None = None
+    calibration: Annotated[dict[_Name, tuple[_Low, _High, _Low, _High]], Field(max_length=10_000)] | None = None
     versions: Annotated[dict[_Name, _Name], Field(max_length=100)]
     files: Annotated[dict[_Name, FileRecord], Field(max_length=100)]
 

@@ -31,7 +31,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "auto"]
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.25, "int8": 0.8}
 """How far a part's outputs may be from Detectron2's, root mean square, with respect to their own. This tells a part that
 computes something else from rounding, which random weights amplify; what rounding costs a trained model, its AP tells."""
@@ -39,22 +39,31 @@ _SIZE = (160, 192)  # height and width of the image that parts are tried with
 _MOST_ROWS = 8  # boxes
 
 
-def check(precision: str) -> None:
-    """Sees to it that this machine computes in a precision.
+def check(precision: str, *, is_calibrated: bool = True) -> None:
+    """Sees to it that a model can be computed in a precision here.
+
+    Args:
+        precision: What a user gave.
+        is_calibrated: Whether the model has what int8 needs.
 
     Raises:
-        InvalidArgumentError: (``ValueError``) It does not.
+        InvalidArgumentError: (``ValueError``) It cannot.
     """
     if precision not in get_args(Precision):
         raise InvalidArgumentError(
             f"precision={precision!r}; give one of {', '.join(map(repr, get_args(Precision)))}", value=precision
         )
+    if precision == "bf16" and not has_bf16():
+        raise InvalidArgumentError("this processor does not compute in bf16; give precision='fp32'", value=precision)
     if precision == "int8" and not has_int8():
         raise InvalidArgumentError(
             "this processor does not multiply 8-bit integers as int8 needs; give precision='fp32'", value=precision
         )
-    if precision == "bf16" and not has_bf16():
-        raise InvalidArgumentError("this processor does not compute in bf16; give precision='fp32'", value=precision)
+    if precision == "int8" and not is_calibrated:
+        raise InvalidArgumentError(
+            "the model has no calibration for int8; make one that has: bentoml detectron optimize TAG --calibration DIR",
+            value=precision,
+        )
 
 
 def has_bf16() -> bool:

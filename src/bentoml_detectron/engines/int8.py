@@ -40,6 +40,16 @@ Calibration: TypeAlias = Mapping[str, Ranges]
 """By the convolution's dotted name in the model."""
 
 
+def to_plain(calibration: Calibration) -> dict[str, tuple[float, float, float, float]]:
+    """A calibration as a saved model's manifest holds it."""
+    return {name: (*each.taken, *each.given) for name, each in calibration.items()}
+
+
+def from_plain(plain: Mapping[str, tuple[float, float, float, float]]) -> dict[str, Ranges]:
+    """And back."""
+    return {name: Ranges(Range(*each[:2]), Range(*each[2:])) for name, each in plain.items()}
+
+
 def is_there() -> bool:
     """Whether this PyTorch has the operators, and this processor multiplies 8-bit integers without saturating."""
     try:
