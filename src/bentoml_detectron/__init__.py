@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bentoml_detectron.dataset import Prediction, predict
     from bentoml_detectron.drawing import draw
     from bentoml_detectron.images import Limits
     from bentoml_detectron.predictor import Predictor
@@ -23,6 +24,7 @@ __all__ = [
     "Limits",
     "ModelOptions",
     "PanopticSegmentation",
+    "Prediction",
     "Predictor",
     "Settings",
     "VerifyReport",
@@ -33,6 +35,7 @@ __all__ = [
     "get_service",
     "load_model",
     "load_predictor",
+    "predict",
     "save_model",
     "verify",
 ]
@@ -43,6 +46,7 @@ _HOME = {
     "Limits": "images",
     "ModelOptions": "runnable",
     "PanopticSegmentation": "results",
+    "Prediction": "dataset",
     "Predictor": "predictor",
     "Settings": "service",
     "VerifyReport": "verification",
@@ -52,6 +56,7 @@ _HOME = {
     "get_service": "service",
     "load_model": "store",
     "load_predictor": "store",
+    "predict": "dataset",
     "save_model": "store",
     "verify": "verification",
 }
