@@ -23,7 +23,8 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
     │   ├── UnsupportedFormatError  written by a later version
     │   ├── UnknownEntryError       the config names a registry entry that is not there
     │   └── WeightsMismatchError    weights and config do not belong together
-    └── SaveError                   the store could not take the model
+    ├── SaveError                   the store could not take the model
+    └── OutputError                 a dataset's results cannot be written where they should
 
 A message names the offending value and the cure; the value is also an attribute.
 """
@@ -49,6 +50,7 @@ __all__ = [
     "ModelNotFoundError",
     "NotReadyError",
     "OutOfMemoryError",
+    "OutputError",
     "OverloadedError",
     "RequestError",
     "SaveError",
@@ -214,3 +216,7 @@ class WeightsMismatchError(InvalidModelError):
 
 class SaveError(DetectronError):
     """The store could not take the model; it holds nothing of it."""
+
+
+class OutputError(DetectronError):
+    """A dataset's results cannot be written where they should: something is there, another run writes, or the disk is full."""

@@ -198,7 +198,7 @@ class Detections:
             parts["panoptic"] = PanopticSegmentation(parts["panoptic"], tuple(Segment(**each) for each in segments))
         return cls(**parts)
 
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
         """As COCO results, which pycocotools' ``loadRes`` takes; one dict a detection.
 
         Category ids are the dataset's where the model carries them. Boxes are XYWH, XYWHA of rotated models. Keypoints are
