@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("demo", "serve", "verify")
+COMMANDS = ("demo", "predict", "serve", "verify")
 
 
 class _Commands(click.Group):

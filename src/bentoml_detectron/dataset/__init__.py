@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from bentoml_detectron.dataset.prediction import Failure, Prediction
+from bentoml_detectron.dataset.runs import Progress, Report, write
 from bentoml_detectron.errors import DetectronError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from bentoml_detectron.options import Options
     from bentoml_detectron.predictor import Predictor
 
-__all__ = ["Failure", "Prediction", "predict"]
+__all__ = ["Failure", "Prediction", "Progress", "Report", "predict", "write"]
 
 OnError = Callable[[Failure], None]
 
@@ -97,15 +98,15 @@ def _predictions(
     predictor: Predictor, dataset: Dataset, wanted: Options, image_column: str | None, on_error: OnError | None
 ) -> Iterator[Prediction]:
     from bentoml_detectron.dataset import local
-    from bentoml_detectron.dataset.runs import CHUNK
+    from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock
 
     every = iter(dataset)
     some = iter(lambda: list(islice(every, CHUNK)), [])
-    chunks = (local.Chunk(number, number * CHUNK + 1, items) for number, items in enumerate(some))
+    chunks = (Chunk(number, number * CHUNK + 1, items) for number, items in enumerate(some))
     pool = local.workers()
     try:
         for each in local.outcomes(
-            predictor, chunks, wanted, pool, local.Clock(), budget=predictor.budget(), image_column=image_column
+            predictor, chunks, wanted, pool, Clock(), budget=predictor.budget(), image_column=image_column
         ):
             if not isinstance(each.result, DetectronError):
                 yield Prediction(each.item.file_name, each.item.image_id, each.result)

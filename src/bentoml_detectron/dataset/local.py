@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from bentoml_detectron.dataset import parquet_source
+from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
 from bentoml_detectron.dataset.sources import Item
 from bentoml_detectron.errors import DamagedImageError, DetectronError
 from bentoml_detectron.options import Options
@@ -26,53 +27,6 @@ MOST_WORKERS = 8
 _USUAL = (480, 640)  # height and width by which one tells how many images a batch may have
 _LEAST_AHEAD, _MOST_AHEAD = 8, 256
 _BATCHES_AHEAD = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some images that follow each other.
-
-    Attributes:
-        number: From 0.
-        start: The first one's position in the dataset, from 1.
-        items: At least one.
-    """
-
-    number: int
-    start: int
-    items: Sequence[Item]
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one image.
-
-    Attributes:
-        chunk: Its chunk's number.
-        position: In the dataset, from 1.
-        item: The image.
-        image: Its path, or its encoded bytes; None where there are none.
-        result: `Detections`, or why there are none.
-    """
-
-    chunk: int
-    position: int
-    item: Item
-    image: str | bytes | None
-    result: Detections | DetectronError
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds since `start`, of which the model was busy for `busy`."""
-
-    start: float = field(default_factory=time.perf_counter)
-    busy: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self.start
 
 
 def workers() -> ThreadPoolExecutor:
@@ -111,12 +65,14 @@ def outcomes(
 class _Waiting:
     chunk: Chunk
     place: int  # in the chunk
-    image: str | bytes | None
+    image: str | Future[bytes | DetectronError]
     prepared: Future[Prepared]
 
     def outcome(self, result: Detections | DetectronError) -> Outcome:
         chunk = self.chunk
-        return Outcome(chunk.number, chunk.start + self.place, chunk.items[self.place], self.image, result)
+        image = self.image if isinstance(self.image, str) else self.image.result()
+        kept = None if isinstance(image, DetectronError) else image
+        return Outcome(chunk.number, chunk.start + self.place, chunk.items[self.place], kept, result)
 
 
 class _Ahead:
@@ -127,6 +83,7 @@ class _Ahead:
     ) -> None:
         self._predictor, self._wanted, self._pool, self._window = predictor, wanted, pool, window
         self._image_column = image_column
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="parquet")
         self._waiting: deque[_Waiting] = deque()
 
     def __enter__(self) -> _Ahead:
@@ -135,6 +92,7 @@ class _Ahead:
     def __exit__(self, *_: object) -> None:
         for each in self._waiting:
             each.prepared.cancel()
+        self._reader.shutdown(cancel_futures=True)
 
     def decoded(self, chunks: Iterable[Chunk]) -> Iterator[_Waiting]:
         """The images in their order; the next ones are decoded while one does something else."""
@@ -149,15 +107,14 @@ class _Ahead:
         rows = _Rows(self._image_column)
         for chunk in chunks:
             for place, item in enumerate(chunk.items):
-                image = item.path if item.row is None else rows.read(item)
-                prepared = self._pool.submit(self._prepare, image, place)
-                kept = None if isinstance(image, DetectronError) else image
-                yield _Waiting(chunk, place, kept, prepared)
+                image = item.path if item.row is None else self._reader.submit(rows.read, item)
+                yield _Waiting(chunk, place, image, self._pool.submit(self._prepare, image, place))
 
-    def _prepare(self, image: str | bytes | DetectronError, place: int) -> Prepared:
-        if isinstance(image, DetectronError):
-            raise image
-        return self._predictor.prepare(image, self._wanted, place)
+    def _prepare(self, image: str | Future[bytes | DetectronError], place: int) -> Prepared:
+        content = image if isinstance(image, str) else image.result()
+        if isinstance(content, DetectronError):
+            raise content
+        return self._predictor.prepare(content, self._wanted, place)
 
 
 class _Rows:

@@ -15,7 +15,7 @@ import orjson
 from bentoml_detectron import __version__
 from bentoml_detectron.artifact.files import sync_folder
 from bentoml_detectron.dataset import formats, parts
-from bentoml_detectron.dataset.local import Chunk, Clock
+from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock
 from bentoml_detectron.dataset.parts import CHUNKS, FINISHED, PLAN, RESULT, SOURCES, Listing
 from bentoml_detectron.dataset.sources import Columns, Dataset, Source
 from bentoml_detectron.dataset.work import Work, run
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from bentoml_detectron.predictor import Predictor
 
 logger = logging.getLogger(__name__)
-
-CHUNK = 100
-"""Images of which batches are formed, and which a run that is killed may do again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bentoml_detectron.dataset import local, parts
+from bentoml_detectron.dataset import parts
+from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
 from bentoml_detectron.dataset.formats import Format, make
-from bentoml_detectron.dataset.local import Chunk, Clock, Outcome
 from bentoml_detectron.dataset.prediction import Failure, Prediction
 from bentoml_detectron.errors import DetectronError
 
 if TYPE_CHECKING:
     from bentoml_detectron.engines import Precision
     from bentoml_detectron.predictor import Predictor
+
+
+_MOST_PIECES = 8  # that wait to be made
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,8 @@ def run(
     Raises:
         OutputError: The folder cannot be written.
     """
+    from bentoml_detectron.dataset import local
+
     wanted = predictor.options(score_threshold=work.score_threshold, classes=work.classes, top_k=work.top_k)
     writers = work.writers()
     pool = local.workers()
@@ -155,7 +160,7 @@ class _Unfinished:
             failure = Failure(outcome.item.file_name, outcome.item.image_id, outcome.result)
             self._failures.append(f"{failure.file_name}: {failure.reason}")
         self._pieces.append(self._pool.submit(self._make, outcome))
-        if len(self._pieces) - self._first > local.MOST_WORKERS:
+        if len(self._pieces) - self._first > _MOST_PIECES:
             self._pieces[self._first].result()
             self._first += 1
 
