@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bentoml_detectron.dataset import Prediction, predict
     from bentoml_detectron.drawing import draw
+    from bentoml_detectron.evaluation import Evaluation, compare, evaluate
     from bentoml_detectron.images import Limits
     from bentoml_detectron.predictor import Predictor
     from bentoml_detectron.results import Detections, PanopticSegmentation
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Detections",
+    "Evaluation",
     "Limits",
     "ModelOptions",
     "PanopticSegmentation",
@@ -28,8 +30,10 @@ __all__ = [
     "Predictor",
     "Settings",
     "VerifyReport",
+    "compare",
     "draw",
     "errors",
+    "evaluate",
     "get",
     "get_runnable",
     "get_service",
@@ -43,6 +47,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Detections": "results",
+    "Evaluation": "evaluation",
     "Limits": "images",
     "ModelOptions": "runnable",
     "PanopticSegmentation": "results",
@@ -50,7 +55,9 @@ _HOME = {
     "Predictor": "predictor",
     "Settings": "service",
     "VerifyReport": "verification",
+    "compare": "evaluation",
     "draw": "drawing",
+    "evaluate": "evaluation",
     "get": "store",
     "get_runnable": "runnable",
     "get_service": "service",

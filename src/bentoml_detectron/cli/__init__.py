@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("demo", "predict", "serve", "verify")
+COMMANDS = ("demo", "evaluate", "predict", "serve", "verify")
 
 
 class _Commands(click.Group):
