@@ -16,7 +16,10 @@ import httpx
 from bentoml_detectron.errors import ImageError, InvalidArgumentError, OverloadedError
 from bentoml_detectron.results import Detections
 
-__all__ = ["Remote"]
+__all__ = ["TOKEN_VARIABLE", "Remote"]
+
+TOKEN_VARIABLE = "BENTOML_DETECTRON_TOKEN"
+"""Name of the environment variable with the service's token; the service's own, whose package would bring PyTorch."""
 
 _AGAIN = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 """Refusals after which the service says when to ask again."""
@@ -154,7 +157,7 @@ class Remote:
 
     def _refused(self, status: int, reason: str, file: Path | None) -> InvalidArgumentError:
         if status == HTTPStatus.UNAUTHORIZED:
-            return InvalidArgumentError(f"{self.url} asks for another token: set BENTOML_DETECTRON_TOKEN, or give token",
+            return InvalidArgumentError(f"{self.url} asks for another token: set {TOKEN_VARIABLE}, or give token",
                                         value=self.url)  # fmt: skip
         if file is None or status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             return InvalidArgumentError(f"{self.url} is no service of bentoml-detectron: status {status}", value=self.url)
@@ -164,7 +167,7 @@ class Remote:
 def _said(answer: httpx.Response) -> str:
     """The service's own words."""
     try:
-        return str(answer.json()["error"])[:500]
+        return str(answer.json()["error"]).removeprefix("image 0: ")[:500]  # a request has one
     except (ValueError, KeyError, TypeError):
         return f"status {answer.status_code}"
 

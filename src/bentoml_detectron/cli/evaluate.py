@@ -96,10 +96,9 @@ def command(
     from bentoml_detectron.evaluation import compare, evaluate, ground_truth
 
     truth = ground_truth.read(annotations, panoptic_root=panoptic_root)
+    truth = ground_truth.chosen(truth, classes) if classes else truth
     files = list(truth.files(images).values())
-    measure = partial(
-        _measured, truth, files, partial(evaluate, classes=classes or None, keypoint_sigmas=_numbers(keypoint_sigmas))
-    )
+    measure = partial(_measured, truth, files, partial(evaluate, keypoint_sigmas=_numbers(keypoint_sigmas)))
     local = partial(_local, device=device, trust_remote_code=trust_remote_code, trusted=trusted)
     with _served(tag, url, connections) if url else local(str(tag), precision=precision) as source:
         evaluation = measure(source)
@@ -157,8 +156,7 @@ def _fail(failure: Failure) -> None:
 @contextmanager
 def _served(tag: str | None, url: str, connections: int) -> Iterator[_Source]:
     """A running service."""
-    from bentoml_detectron.remote import Remote
-    from bentoml_detectron.service import TOKEN_VARIABLE
+    from bentoml_detectron.remote import TOKEN_VARIABLE, Remote
 
     with Remote(url, token=os.environ.get(TOKEN_VARIABLE) or None, connections=connections) as service:
         info = service.info()
