@@ -59,7 +59,6 @@ class Remote:
         self.url = url.rstrip("/")
         self._connections = connections
         self._patience = patience
-        self._stop = threading.Event()
         limits = httpx.Limits(max_connections=connections)
         headers = {"authorization": f"Bearer {token}"} if token else {}
         try:
@@ -71,7 +70,6 @@ class Remote:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
         self._client.close()
 
     def info(self) -> dict[str, Any]:
@@ -81,7 +79,7 @@ class Remote:
             InvalidArgumentError: (``ValueError``) There is no such service there, or it asks for another token.
             OverloadedError: Its model is not loaded in all the time that there is.
         """
-        answer = self._answer("GET", "/info", None, None)
+        answer = self._answer("GET", "/info", threading.Event())
         try:
             found = answer.json()
         except ValueError:
@@ -102,33 +100,43 @@ class Remote:
             OverloadedError: It refuses an image in all the time that there is.
         """
         waiting: deque[Future[Detections]] = deque()
+        stop = threading.Event()
         with ThreadPoolExecutor(self._connections) as pool:
             try:
                 for path in images:
-                    waiting.append(pool.submit(self._predict, path))
+                    waiting.append(pool.submit(self._predict, path, stop))
                     if len(waiting) > 2 * self._connections:  # what is ahead of a slow one is held
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
             finally:
-                if waiting:
-                    self._stop.set()
+                stop.set()
                 for each in waiting:
                     each.cancel()
 
-    def _predict(self, path: Path) -> Detections:
+    def _predict(self, path: Path, stop: threading.Event) -> Detections:
         try:
             content = path.read_bytes()
         except OSError as exc:
             raise ImageError(f"cannot read {path} ({exc.strerror}); give an image that can be read", value=str(path)) from exc
-        answer = self._answer("POST", "/predict", content, path)
+        answer = self._answer("POST", "/predict", stop, content, path)
         try:
             return Detections.from_json(answer.content)
         except InvalidArgumentError as exc:
             raise InvalidArgumentError(f"{self.url} is no service of bentoml-detectron: {exc}", value=self.url) from exc
 
-    def _answer(self, method: str, path: str, content: bytes | None, file: Path | None) -> httpx.Response:
-        """The service's answer of status 200, asked for again where it refuses for a while."""
+    def _answer(
+        self, method: str, path: str, stop: threading.Event, content: bytes | None = None, file: Path | None = None
+    ) -> httpx.Response:
+        """The service's answer of status 200, asked for again where it refuses for a while.
+
+        Args:
+            method: HTTP's.
+            path: Below the URL.
+            stop: Once set, nothing is asked for again.
+            content: The body, an image.
+            file: Where that is from, for messages.
+        """
         headers = {} if content is None else {"content-type": "application/octet-stream"}
         deadline = time.monotonic() + self._patience
         while True:
@@ -149,7 +157,7 @@ class Remote:
                 if answer.status_code not in _AGAIN:
                     raise self._refused(answer.status_code, reason, file)
                 pause = _pause(answer)
-            if time.monotonic() + pause > deadline or self._stop.wait(pause):
+            if time.monotonic() + pause > deadline or stop.wait(pause):
                 what = "" if file is None else f"{file.name}: "
                 raise OverloadedError(
                     f"{what}{reason} (for {self._patience:g} seconds); give the service more time, or workers", value=self.url
