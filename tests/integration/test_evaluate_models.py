@@ -81,7 +81,8 @@ def test_mean_iou_is_that_of_detectron2s_evaluator(tmp_path, monkeypatch):
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.evaluation import SemSegEvaluator
 
-    monkeypatch.setattr(np, "int", int, raising=False)  # Detectron2 0.6 still uses it
+    for name, kind in (("int", int), ("float", float)):  # which Detectron2 0.6 still uses
+        monkeypatch.setattr(np, name, kind, raising=False)
     stuff = ["things", *(f"stuff {n}" for n in range(1, 54))]
     found = found_by("Semantic FPN", stuff_classes=stuff)
     rng = np.random.default_rng(0)
