@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bentoml_detectron.dataset import Prediction, predict
     from bentoml_detectron.drawing import draw
+    from bentoml_detectron.evaluation import Evaluation, compare, evaluate
     from bentoml_detectron.images import Limits
     from bentoml_detectron.predictor import Predictor
     from bentoml_detectron.results import Detections, PanopticSegmentation
@@ -20,19 +22,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Detections",
+    "Evaluation",
     "Limits",
     "ModelOptions",
     "PanopticSegmentation",
+    "Prediction",
     "Predictor",
     "Settings",
     "VerifyReport",
+    "compare",
     "draw",
     "errors",
+    "evaluate",
     "get",
     "get_runnable",
     "get_service",
     "load_model",
     "load_predictor",
+    "predict",
     "save_model",
     "verify",
 ]
@@ -40,18 +47,23 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Detections": "results",
+    "Evaluation": "evaluation",
     "Limits": "images",
     "ModelOptions": "runnable",
     "PanopticSegmentation": "results",
+    "Prediction": "dataset",
     "Predictor": "predictor",
     "Settings": "service",
     "VerifyReport": "verification",
+    "compare": "evaluation",
     "draw": "drawing",
+    "evaluate": "evaluation",
     "get": "store",
     "get_runnable": "runnable",
     "get_service": "service",
     "load_model": "store",
     "load_predictor": "store",
+    "predict": "dataset",
     "save_model": "store",
     "verify": "verification",
 }

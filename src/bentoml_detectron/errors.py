@@ -24,7 +24,8 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
     │   ├── UnknownEntryError       the config names a registry entry that is not there
     │   └── WeightsMismatchError    weights and config do not belong together
     ├── OptimizationError           a model in another precision is not worth it
-    └── SaveError                   the store could not take the model
+    ├── SaveError                   the store could not take the model
+    └── OutputError                 a dataset's results cannot be written where they should
 
 A message names the offending value and the cure; the value is also an attribute.
 """
@@ -51,6 +52,7 @@ __all__ = [
     "NotReadyError",
     "OptimizationError",
     "OutOfMemoryError",
+    "OutputError",
     "OverloadedError",
     "RequestError",
     "SaveError",
@@ -220,3 +222,7 @@ class OptimizationError(DetectronError):
 
 class SaveError(DetectronError):
     """The store could not take the model; it holds nothing of it."""
+
+
+class OutputError(DetectronError):
+    """A dataset's results cannot be written where they should: something is there, another run writes, or the disk is full."""

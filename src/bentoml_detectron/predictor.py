@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -211,24 +211,26 @@ class Predictor:
             One `Detections` an image, in their order; a `DetectronError` in the place of one that could not be used.
         """
         results: list[Any] = [None] * len(images)
-        for group in self._groups(images, wanted, results):
+
+        def usable() -> Iterator[Prepared]:
+            for index, (image, each) in enumerate(zip(images, wanted, strict=True)):
+                try:
+                    yield self.prepare(image, each, index)
+                except DetectronError as exc:
+                    results[index] = exc
+
+        for group in self.groups(usable(), self.budget()):
             for prepared, result in zip(group, self.run(group), strict=True):
                 results[prepared.index] = result
         return results
 
-    def _groups(self, images: Sequence[ImageLike], wanted: Sequence[Options], results: list[Any]) -> Iterator[list[Prepared]]:
-        """Images that go through the model together, as soon as there are enough; errors of others go to their places.
+    def groups(self, images: Iterable[Prepared], budget: int) -> Iterator[list[Prepared]]:
+        """Images that go through the model together, each as soon as there are enough; by their order and shapes alone.
 
-        What waits for company is kept within the budget too, however many shapes there are.
+        What waits for company is kept within the budget of pixels too, however many shapes there are.
         """
-        budget = self.budget()
         waiting: dict[tuple[int, int], list[Prepared]] = {}
-        for index, (image, each) in enumerate(zip(images, wanted, strict=True)):
-            try:
-                prepared = self.prepare(image, each, index)
-            except DetectronError as exc:
-                results[index] = exc
-                continue
+        for prepared in images:
             shape = prepared.shape
             waiting.setdefault(shape, []).append(prepared)
             if self.batch == "exact" or (len(waiting[shape]) + 1) * shape[0] * shape[1] > budget:

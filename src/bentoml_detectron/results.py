@@ -198,7 +198,7 @@ class Detections:
             parts["panoptic"] = PanopticSegmentation(parts["panoptic"], tuple(Segment(**each) for each in segments))
         return cls(**parts)
 
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
         """As COCO results, which pycocotools' ``loadRes`` takes; one dict a detection.
 
         Category ids are the dataset's where the model carries them. Boxes are XYWH, XYWHA of rotated models. Keypoints are
@@ -216,7 +216,7 @@ class Detections:
             columns["segmentation"] = [{"size": list(mask["size"]), "counts": mask["counts"]} for mask in self.masks]
         if self.keypoints is not None:
             shifted = self.keypoints - np.array([0.5, 0.5, 0], np.float32)
-            columns["keypoints"] = shifted.reshape(len(self), -1).tolist()
+            columns["keypoints"] = shifted.reshape(len(self), 3 * shifted.shape[1]).tolist()  # -1 is no number for none
         return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
     def to_supervision(self) -> supervision.Detections:

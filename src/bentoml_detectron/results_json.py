@@ -61,7 +61,7 @@ def write(parts: Mapping[str, Any], segments: Sequence[Any] = ()) -> str:
         "keypoint_count": None if keypoints is None else keypoints.shape[1],
         "keypoints": None if keypoints is None else _spelled(keypoints),
         "panoptic": None if panoptic is None else {"png": _base64(panoptic_png(panoptic)), "segments": segments},
-        "semantic": None if semantic is None else {"dtype": str(semantic.dtype), "png": _base64(_png(semantic))},
+        "semantic": None if semantic is None else {"dtype": str(semantic.dtype), "png": _base64(png(semantic))},
     }
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY).decode()
 
@@ -101,7 +101,7 @@ def read(text: str | bytes | bytearray) -> tuple[dict[str, Any], list[dict[str, 
 
 def panoptic_png(ids: NDArray[np.int32]) -> bytes:
     """A map of segment ids as COCO's panoptic PNG: an id is red + 256 green + 65536 blue."""
-    return _png(np.ascontiguousarray(ids, dtype="<i4").view(np.uint8).reshape(*ids.shape, 4)[..., :3])
+    return png(np.ascontiguousarray(ids, dtype="<i4").view(np.uint8).reshape(*ids.shape, 4)[..., :3])
 
 
 def _spelled(array: NDArray[np.float32]) -> Any:
@@ -114,7 +114,7 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def _png(pixels: NDArray[Any]) -> bytes:
+def png(pixels: NDArray[Any]) -> bytes:
     """An (H, W) uint8 or int16 or an (H, W, 3) uint8 array as PNG; int16 as if it were uint16."""
     from PIL import Image
 

@@ -184,6 +184,20 @@ def load_both(saved: SavedModel, device_id: str, precision: Precision, **options
     return module, Predictor(view, saved.input, saved.dataset, **options)
 
 
+def check_precision(bento_model: Model, precision: Precision) -> None:
+    """Sees to it that a saved model can be computed in a precision here, without loading it.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) It cannot.
+        InvalidModelError: Its manifest is damaged.
+    """
+    from bentoml_detectron import engines
+
+    folder = Path(bento_model.path)
+    is_calibrated = (folder / manifest.MANIFEST).is_file() and manifest.read(folder).calibration is not None
+    engines.check(precision, is_calibrated=is_calibrated)
+
+
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:
     """Finds a saved model and reads all of it but its weights; arguments and errors as in `load_model`."""
     if isinstance(bento_model, Model):

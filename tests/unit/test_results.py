@@ -99,6 +99,10 @@ def detections(draw):
     )
 
 
+def test_without_detections_there_are_no_coco_results_whatever_the_model_gives():
+    assert found(0, class_names=()).to_coco(1) == []
+
+
 def same_bits(one, other):
     """Whether two `Detections` have the same bytes, shapes and dtypes; == does not tell -0.0 from 0.0."""
     for each in fields(Detections):

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-COMMANDS = ("demo", "save", "serve", "verify")
+COMMANDS = ("demo", "evaluate", "optimize", "predict", "save", "serve", "verify")
 
 
 class _Commands(click.Group):

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 @click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes, each with the model.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16"]), help="bf16 is faster.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
+    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
 @click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
 @click.option("--max-queue", default=32, show_default=True, type=click.IntRange(min=1), help="Most that wait, a worker.")
@@ -53,15 +59,14 @@ def command(
       bentoml detectron serve mask_rcnn:latest --port 3000
       curl -F image=@street.jpg http://127.0.0.1:3000/predict
     """
-    from bentoml_detectron.store import get
+    from bentoml_detectron.store import check_precision, get
 
-    found = str(get(tag).tag)  # all workers serve the version that is the latest now, also those that replace others
+    model = get(tag)
+    found = str(model.tag)  # all workers serve the version that is the latest now, also those that replace others
     host = _free(host, port)
     # These take seconds, and PyTorch warns, which is for no one-line error.
     if precision != "fp32":
-        from bentoml_detectron import engines
-
-        engines.check(precision)
+        check_precision(model, precision)
     from bentoml_detectron.service import Settings
 
     settings = Settings(

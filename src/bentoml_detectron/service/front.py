@@ -47,7 +47,7 @@ class Settings:
 
     Attributes:
         device_id: Where the model lives.
-        precision: "fp32" or "bf16", as in `load_predictor`.
+        precision: As in `load_predictor`.
         max_body_bytes: Largest body.
         max_image_pixels: Largest image; a larger one is refused before it is decoded.
         max_queue: Most requests that wait or run in a worker; further ones are refused at once.

@@ -64,7 +64,7 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
     }
 
 
-_INFO = {"type": "object", "required": ["precision"], "properties": {"precision": {"enum": ["fp32", "bf16"]}}}
+_INFO = {"type": "object", "required": ["precision"], "properties": {"precision": {"enum": ["fp32", "bf16", "int8", "auto"]}}}
 # BentoML's clients send null for what was left out.
 _FIELDS: dict[str, dict[str, Any]] = {
     "score_threshold": {

@@ -1,0 +1,228 @@
+"""``bentoml detectron evaluate``: how good a saved model, or a running service, is on a dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from bentoml_detectron.errors import ImageError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from bentoml_detectron.dataset import Failure
+    from bentoml_detectron.engines import Precision
+    from bentoml_detectron.evaluation import Evaluation, GroundTruth
+    from bentoml_detectron.evaluation.report import Table
+    from bentoml_detectron.results import Detections
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Something that finds what is on images.
+
+    Attributes:
+        name: Of its model, and where that is.
+        thing_classes: The model's names, by id; empty where it has none.
+        stuff_classes: The same of stuff.
+        predict: What it finds on each file, in order.
+    """
+
+    name: str
+    thing_classes: list[str]
+    stuff_classes: list[str]
+    predict: Callable[[list[Path]], Iterator[Detections]]
+
+
+@click.command("evaluate")
+@click.argument("tag", required=False)
+@click.option("--annotations", required=True, metavar="FILE", type=click.Path(path_type=Path),
+              help="COCO's instances, person keypoints or panoptic JSON; or a folder of semantic maps as PNG.")  # fmt: skip
+@click.option("--images", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder of the images.")
+@click.option("--url", metavar="URL", help="Evaluate the service that runs there, over HTTP.")
+@click.option("--compare", "other", metavar="TAG", help="Say how far this model is from that one, and how sure that is.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True),
+              help="Write all of it as JSON; - for the standard output, with no tables.")  # fmt: skip
+@click.option("--classes", multiple=True, metavar="NAME", help="Evaluate only this class of the annotations; repeatable.")
+@click.option("--panoptic-root", metavar="DIR", type=click.Path(path_type=Path),
+              help="PNGs of a panoptic file; its path without .json unless given.")  # fmt: skip
+@click.option("--keypoint-sigmas", metavar="S1,S2,...", help="One a keypoint; COCO's for 17 and 1/K for K unless given.")
+@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(min=1), help="Of --compare's bootstrap.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of --compare's bootstrap.")
+@click.option("--connections", default=4, show_default=True, type=click.IntRange(1, 256), help="Requests at once to --url.")
+@click.option("--device", default="cpu", show_default=True, help="Where models are run: cpu, cuda:0.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
+    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Import the source that a model brings along.")
+@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that a model may import; repeatable.")
+def command(
+    tag: str | None,
+    annotations: Path,
+    images: Path,
+    url: str | None,
+    other: str | None,
+    json_file: Path | None,
+    classes: tuple[str, ...],
+    panoptic_root: Path | None,
+    keypoint_sigmas: str | None,
+    resamples: int,
+    seed: int,
+    connections: int,
+    device: str,
+    precision: Precision,
+    trust_remote_code: bool,
+    trusted: tuple[str, ...],
+) -> None:
+    """Evaluate a saved model, or with --url a running service, on annotated images.
+
+    Gives the AP of boxes, masks and keypoints, panoptic quality, or mean IoU, by what the annotations are and what the model
+    finds, over all classes and of each. Where a service asks for a token, BENTOML_DETECTRON_TOKEN holds it.
+
+    \b
+    Examples:
+      bentoml detectron evaluate mask_rcnn:latest --annotations instances_val2017.json --images val2017
+      bentoml detectron evaluate --url http://127.0.0.1:3000 --annotations val.json --images val --json report.json
+      bentoml detectron evaluate new:latest --compare old:latest --annotations val.json --images val
+    """
+    _check_target(tag, url, json_file)
+    from bentoml_detectron.evaluation import compare, evaluate, ground_truth
+
+    truth = ground_truth.read(annotations, panoptic_root=panoptic_root)
+    truth = ground_truth.chosen(truth, classes) if classes else truth
+    files = list(truth.files(images).values())
+    measure = partial(_measured, truth, files, partial(evaluate, keypoint_sigmas=_numbers(keypoint_sigmas)))
+    local = partial(_local, device=device, trust_remote_code=trust_remote_code, trusted=trusted)
+    with _served(tag, url, connections) if url else local(str(tag), precision=precision) as source:
+        evaluation = measure(source)
+    report = {"model": source.name, "annotations": str(annotations), **evaluation.to_dict()}
+    comparison = None
+    if other is not None:
+        with local(other, precision="fp32") as source:
+            against = measure(source)
+        comparison = compare(evaluation, against, resamples=resamples, seed=seed)
+        report["comparison"] = {"with": {"model": source.name, **against.to_dict()}, **comparison.to_dict()}
+    _show(report, evaluation, comparison, json_file)
+
+
+def _check_target(tag: str | None, url: str | None, json_file: Path | None) -> None:
+    """What can be known before the model runs, which may take hours."""
+    if tag is None and url is None:
+        raise InvalidArgumentError("there is nothing to evaluate; give the TAG of a saved model, or --url of a service")
+    if json_file is not None and str(json_file) != "-" and not json_file.parent.is_dir():
+        raise InvalidArgumentError(f"there is no folder {json_file.parent}; give another --json", value=str(json_file))
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(each) for each in text.split(",")]
+    except ValueError as exc:
+        raise InvalidArgumentError(f"--keypoint-sigmas is {text!r}; give numbers with commas between", value=text) from exc
+
+
+@contextmanager
+def _local(
+    tag: str, *, precision: Precision, device: str, trust_remote_code: bool, trusted: tuple[str, ...]
+) -> Iterator[_Source]:
+    """A saved model in this process."""
+    from bentoml_detectron import dataset, get, load_predictor
+
+    model = get(tag)
+    # "exact", so that no image's results depend on which others are run with it.
+    predictor = load_predictor(
+        model, device, precision=precision, batch="exact", trust_remote_code=trust_remote_code, trusted=trusted
+    )
+
+    def predict(files: list[Path]) -> Iterator[Detections]:
+        for each in dataset.predict(predictor, files, on_error=_fail):
+            yield each.detections
+
+    known = predictor.dataset
+    things, stuff = (known and known.thing_classes) or [], (known and known.stuff_classes) or []
+    yield _Source(str(model.tag), things, stuff, predict)
+
+
+def _fail(failure: Failure) -> None:
+    raise ImageError(f"{failure.file_name}: {failure.reason}", value=failure.file_name) from failure.error
+
+
+@contextmanager
+def _served(tag: str | None, url: str, connections: int) -> Iterator[_Source]:
+    """A running service."""
+    from bentoml_detectron.remote import TOKEN_VARIABLE, Remote
+
+    with Remote(url, token=os.environ.get(TOKEN_VARIABLE) or None, connections=connections) as service:
+        info = service.info()
+        if tag is not None:
+            from bentoml_detectron import get
+
+            if str(get(tag).tag) != info["tag"]:
+                raise InvalidArgumentError(f"{url} serves {info['tag']}, not {tag}; leave out the tag", value=info["tag"])
+        things, stuff = (list(info.get(name) or []) for name in ("thing_classes", "stuff_classes"))
+        yield _Source(f"{info['tag']} at {url}", things, stuff, service.predict)
+
+
+def _measured(truth: GroundTruth, files: list[Path], evaluate: Callable[..., Evaluation], source: _Source) -> Evaluation:
+    found = _watched(source.predict(files), len(files), source.name)
+    pairs = zip((each.id for each in truth.images), found, strict=True)
+    return evaluate(pairs, truth, thing_classes=source.thing_classes, stuff_classes=source.stuff_classes)
+
+
+def _watched(found: Iterable[_T], count: int, name: str) -> Iterable[_T]:
+    """The same, with a bar of how many are done where someone looks."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(found, name, total=count, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file: Path | None) -> None:
+    if json_file is not None:
+        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if str(json_file) == "-":
+            click.echo(text, nl=False)
+            return
+        try:
+            json_file.write_text(text)
+        except OSError as exc:
+            raise InvalidArgumentError(f"cannot write {json_file} ({exc.strerror}); give another --json",
+                                       value=str(json_file)) from exc  # fmt: skip
+    from bentoml_detectron.evaluation.report import tables
+
+    head = report["model"] if comparison is None else f"{report['model']} against {report['comparison']['with']['model']}"
+    click.echo(f"{head} on {report['annotations']}\n")
+    for table in tables(evaluation, comparison):
+        _print(table)
+    for note in evaluation.notes:
+        click.echo(f"note: {note}")
+
+
+def _print(table: Table) -> None:
+    """A table, with lines and bold where someone looks."""
+    if not sys.stdout.isatty():
+        click.echo(f"{table}\n")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for place, name in enumerate(table.header):
+        drawn.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(*row)
+    Console().print(drawn)

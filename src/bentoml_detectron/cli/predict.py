@@ -1,0 +1,192 @@
+"""``bentoml detectron predict``: a saved model over a whole dataset, into files."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from bentoml_detectron.dataset import Progress
+    from bentoml_detectron.engines import Precision
+
+INCOMPLETE = 3
+"""Exit status where all is written but for images that could not be used."""
+_SECONDS = 10.0  # between lines
+
+
+@click.command("predict")
+@click.argument("tag")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--output", "-o", "outputs", multiple=True, required=True, metavar="PATH",
+              help="A .json (COCO results), .jsonl or .parquet file, or a folder for pictures; repeatable.")  # fmt: skip
+@click.option("--errors", metavar="FILE", help="Where images that cannot be used go, with the reason, as JSON lines.")
+@click.option("--allow-errors", is_flag=True, help=f"Exit with 0 where some images cannot be used, not with {INCOMPLETE}.")
+@click.option("--resume", is_flag=True, help="Go on with an unfinished run, where there is one.")
+@click.option("--parquet-rows", default="detection", show_default=True, type=click.Choice(["detection", "image"]),
+              help="What a row of Parquet is.")  # fmt: skip
+@click.option("--image-root", metavar="FOLDER", help="Where an annotation file's names start from; its own folder by default.")
+@click.option("--image-column", metavar="NAME", help="The images' column in Parquet.")
+@click.option("--key-column", metavar="NAME", help="The names' column in Parquet.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
+    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
+)
+@click.option("--score-threshold", type=float, help="From 0 to 1; the model's own by default.")
+@click.option("--classes", multiple=True, metavar="CLASSES", help="Names or ids, with commas between; repeatable.")
+@click.option("--top-k", type=int, help="At most so many detections an image, the best.")
+@click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
+@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
+def command(
+    tag: str,
+    sources: tuple[str, ...],
+    outputs: tuple[str, ...],
+    errors: str | None,
+    allow_errors: bool,
+    resume: bool,
+    parquet_rows: Literal["detection", "image"],
+    image_root: str | None,
+    image_column: str | None,
+    key_column: str | None,
+    device: str,
+    precision: Precision,
+    score_threshold: float | None,
+    classes: tuple[str, ...],
+    top_k: int | None,
+    trust_remote_code: bool,
+    trusted: tuple[str, ...],
+) -> None:
+    """Run a saved model over images, and write what it finds.
+
+    A SOURCE is an image, a folder, a glob, a COCO annotation file, a Parquet file with encoded images, or - for a list of paths
+    on stdin. Outputs appear when all is done; a run that was ended before goes on with --resume.
+
+    \b
+    Example:
+      bentoml detectron predict mask_rcnn:latest photos/ --output found.json --output pictures/
+    """
+    from bentoml_detectron.dataset import write
+
+    with _progress(quiet=errors is not None) as progress:
+        report = write(
+            tag,
+            sources,
+            outputs,
+            errors=errors,
+            resume=resume,
+            parquet_rows=parquet_rows,
+            device_id=device,
+            precision=precision,
+            trust_remote_code=trust_remote_code,
+            trusted=trusted,
+            score_threshold=score_threshold,
+            classes=_classes(classes),
+            top_k=top_k,
+            image_root=image_root,
+            image_column=image_column,
+            key_column=key_column,
+            progress=progress,
+        )
+    if not report.images:
+        click.echo(f"{', '.join(outputs)}: there already, and no unfinished run; nothing was done")
+        return
+    new = report.images - report.resumed
+    speed = f", {new:,} of them now, {new / report.seconds:.1f} a second, with the model busy {report.busy:.0%} of the time"
+    click.echo(f"{', '.join(outputs)}: {report.images:,} images{speed if new else ''}")
+    if report.failures:
+        click.echo(f"{report.failures:,} of them could not be used{f'; see {errors}' if errors else ''}", err=True)
+        if not allow_errors:
+            sys.exit(INCOMPLETE)
+
+
+def _classes(given: tuple[str, ...]) -> list[str | int] | None:
+    """Names, and numbers for ids; None: all classes."""
+    names = [each.strip() for some in given for each in some.split(",")]
+    return [int(each) if each.isascii() and each.isdigit() and len(each) < 10 else each for each in names] or None
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """A bar on a terminal, and lines elsewhere; on stderr."""
+    if not sys.stderr.isatty():
+        yield _lines(quiet)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield _bar(bar, quiet)
+
+
+def _bar(bar: Bar, quiet: bool) -> Progress:
+    from bentoml_detectron.dataset import Progress
+
+    class OnTerminal(Progress):
+        task: TaskID
+        begun: float
+        images = 0
+
+        def start(self, total: int, done: int) -> None:
+            self.begun = time.perf_counter()
+            self.task = bar.add_task("images", total=total, completed=done, rate="")
+
+        def advance(self, images: int) -> None:
+            self.images += images
+            bar.update(self.task, advance=images, rate=f"{self.images / (time.perf_counter() - self.begun):.1f}/s")
+
+        def failed(self, message: str) -> None:
+            if not quiet:
+                bar.console.print(message, markup=False, highlight=False)
+
+    return OnTerminal()
+
+
+def _lines(quiet: bool) -> Progress:
+    from bentoml_detectron.dataset import Progress
+
+    class Lines(Progress):
+        total = before = images = 0
+        begun = said = 0.0
+
+        def start(self, total: int, done: int) -> None:
+            self.total, self.before = total, done
+            self.begun = self.said = time.perf_counter()
+            click.echo(f"{total:,} images{f', {done:,} of them done before' if done else ''}", err=True)
+
+        def advance(self, images: int) -> None:
+            self.images += images
+            now = time.perf_counter()
+            if now - self.said >= _SECONDS:
+                self.said = now
+                rate = self.images / (now - self.begun)
+                left = (self.total - self.before - self.images) / rate
+                click.echo(
+                    f"{self.before + self.images:,} of {self.total:,} images, {rate:.1f}/s, {_clock(left)} left", err=True
+                )
+
+        def failed(self, message: str) -> None:
+            if not quiet:
+                click.echo(message, err=True)
+
+    return Lines()
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

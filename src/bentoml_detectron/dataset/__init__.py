@@ -1,0 +1,118 @@
+"""Whole datasets through a model: `predict`, lazily, and `write`, to files.
+
+`sources` says what the images are, `local` runs the model over them, `formats` writes what was found, `parts` keeps what is
+finished, `work` is what is done with a chunk of images wherever it is done, and `runs` ties these together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from bentoml_detectron.dataset.prediction import Failure, Prediction
+from bentoml_detectron.dataset.runs import Progress, Report, write
+from bentoml_detectron.errors import DetectronError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from bentoml import Model, Tag
+
+    from bentoml_detectron.dataset.sources import Dataset
+    from bentoml_detectron.engines import Precision
+    from bentoml_detectron.options import Options
+    from bentoml_detectron.predictor import Predictor
+
+__all__ = ["Failure", "Prediction", "Progress", "Report", "predict", "write"]
+
+OnError = Callable[[Failure], None]
+
+
+def predict(
+    bento_model: str | Tag | Model | Predictor,
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    device_id: str | None = None,
+    precision: Precision | None = None,
+    trust_remote_code: bool = False,
+    trusted: Sequence[str] = (),
+    score_threshold: float | None = None,
+    classes: Sequence[str | int] | None = None,
+    top_k: int | None = None,
+    image_root: str | os.PathLike[str] | None = None,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    on_error: OnError | None = None,
+) -> Iterator[Prediction]:
+    """Runs a model over a dataset: images are decoded in other threads, and results come lazily and in order.
+
+    Args:
+        bento_model: The model, or its tag, in BentoML's model store; or a predictor, whose device and precision stay.
+        source: One, or several in their order: the path of an image, a folder (with those in it), a glob, a COCO annotation
+            file (then it is the only one), a Parquet file with encoded images, or "-" for a list of paths on stdin, one image
+            a line. Nothing is fetched.
+        device_id: As in `load_predictor`, and so are the next three.
+        precision:
+        trust_remote_code:
+        trusted:
+        score_threshold: As in `Predictor`, and so are the next two.
+        classes:
+        top_k:
+        image_root: What an annotation file's ``file_name`` starts from; the folder of that file unless given.
+        image_column: With the images in Parquet: "image", or the only one of bytes, unless given.
+        key_column: With their names: "file_name", "path", "key" or "id", the first that is there, unless given.
+        on_error: Is called, in order, with each image that cannot be used, which is then left out. None: its error is raised.
+
+    Returns:
+        One `Prediction` an image, in the order of the source: a folder's images by name, before those of the folders in it.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) An argument is out of range, or, while one goes through the results, a source is
+            none or has no images.
+        ImageError: While one goes through the results: an image cannot be used.
+        DetectronError: And what `load_predictor` raises.
+
+    Example::
+
+        for each in bentoml.detectron.predict("mask_rcnn:latest", "photos/", score_threshold=0.6):
+            print(each.file_name, each.detections)
+    """
+    from bentoml_detectron.dataset.sources import Columns, Dataset
+    from bentoml_detectron.predictor import Predictor
+    from bentoml_detectron.store import load_predictor
+
+    if not isinstance(bento_model, Predictor):
+        predictor = load_predictor(
+            bento_model, device_id or "cpu", precision=precision or "fp32", trust_remote_code=trust_remote_code, trusted=trusted
+        )
+    elif device_id is not None or precision is not None:
+        raise InvalidArgumentError("a Predictor has a device and a precision already; give a tag, or leave these out")
+    else:
+        predictor = bento_model
+    wanted = predictor.options(score_threshold=score_threshold, classes=classes, top_k=top_k)
+    dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column))
+    return _predictions(predictor, dataset, wanted, image_column, on_error)
+
+
+def _predictions(
+    predictor: Predictor, dataset: Dataset, wanted: Options, image_column: str | None, on_error: OnError | None
+) -> Iterator[Prediction]:
+    from bentoml_detectron.dataset import local
+    from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock
+
+    every = iter(dataset)
+    some = iter(lambda: list(islice(every, CHUNK)), [])
+    chunks = (Chunk(number, number * CHUNK + 1, items) for number, items in enumerate(some))
+    pool = local.workers()
+    try:
+        for each in local.outcomes(
+            predictor, chunks, wanted, pool, Clock(), budget=predictor.budget(), image_column=image_column
+        ):
+            if not isinstance(each.result, DetectronError):
+                yield Prediction(each.item.file_name, each.item.image_id, each.result)
+            elif on_error is None:
+                raise each.result
+            else:
+                on_error(Failure(each.item.file_name, each.item.image_id, each.result))
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,179 @@
+"""The local engine: images are decoded in threads while the model runs; its batches depend on places in a chunk alone.
+
+The model runs in the thread of whoever asks for the next result. A chunk is a run of images of which batches are formed; no
+batch has images of two, so that a chunk's results do not depend on what was done before it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from bentoml_detectron.dataset import parquet_source
+from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
+from bentoml_detectron.dataset.sources import Item
+from bentoml_detectron.errors import DamagedImageError, DetectronError
+from bentoml_detectron.options import Options
+from bentoml_detectron.predictor import Predictor, Prepared
+from bentoml_detectron.results import Detections
+
+MOST_WORKERS = 8
+_USUAL = (480, 640)  # height and width by which one tells how many images a batch may have
+_LEAST_AHEAD, _MOST_AHEAD = 8, 256
+_BATCHES_AHEAD = 2
+
+
+def workers() -> ThreadPoolExecutor:
+    """Threads for what is done beside the model: as many as there are cores, within reason."""
+    return ThreadPoolExecutor(min(MOST_WORKERS, len(os.sched_getaffinity(0))), thread_name_prefix="dataset")
+
+
+def outcomes(
+    predictor: Predictor,
+    chunks: Iterable[Chunk],
+    wanted: Options,
+    pool: ThreadPoolExecutor,
+    clock: Clock,
+    *,
+    budget: int,
+    image_column: str | None = None,
+) -> Iterator[Outcome]:
+    """Runs a model over chunks of images, lazily and in their order.
+
+    Args:
+        predictor: The model.
+        chunks: Are taken as the images are decoded, a few images ahead.
+        wanted: Of each image.
+        pool: Decodes.
+        clock: Is told when the model was busy.
+        budget: Most pixels, padding included, in a batch.
+        image_column: Of Parquet files.
+    """
+    window = min(max(_BATCHES_AHEAD * budget // predictor.pixels_of(*_USUAL), _LEAST_AHEAD), _MOST_AHEAD)
+    with _Ahead(predictor, wanted, pool, window, image_column) as ahead:
+        for _, images in groupby(ahead.decoded(chunks), key=lambda each: each.chunk.number):
+            yield from _chunk(predictor, images, clock, budget)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    chunk: Chunk
+    place: int  # in the chunk
+    image: str | Future[bytes | DetectronError]
+    prepared: Future[Prepared]
+
+    def outcome(self, result: Detections | DetectronError) -> Outcome:
+        chunk = self.chunk
+        image = self.image if isinstance(self.image, str) else self.image.result()
+        kept = None if isinstance(image, DetectronError) else image
+        return Outcome(chunk.number, chunk.start + self.place, chunk.items[self.place], kept, result)
+
+
+class _Ahead:
+    """Decodes images ahead of the model, a bounded number of them."""
+
+    def __init__(
+        self, predictor: Predictor, wanted: Options, pool: ThreadPoolExecutor, window: int, image_column: str | None
+    ) -> None:
+        self._predictor, self._wanted, self._pool, self._window = predictor, wanted, pool, window
+        self._image_column = image_column
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="parquet")
+        self._waiting: deque[_Waiting] = deque()
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._waiting:
+            each.prepared.cancel()
+        self._reader.shutdown(cancel_futures=True)
+
+    def decoded(self, chunks: Iterable[Chunk]) -> Iterator[_Waiting]:
+        """The images in their order; the next ones are decoded while one does something else."""
+        for each in self._read(chunks):
+            self._waiting.append(each)
+            if len(self._waiting) > self._window:
+                yield self._waiting.popleft()
+        while self._waiting:
+            yield self._waiting.popleft()
+
+    def _read(self, chunks: Iterable[Chunk]) -> Iterator[_Waiting]:
+        rows = _Rows(self._image_column)
+        for chunk in chunks:
+            for place, item in enumerate(chunk.items):
+                image = item.path if item.row is None else self._reader.submit(rows.read, item)
+                yield _Waiting(chunk, place, image, self._pool.submit(self._prepare, image, place))
+
+    def _prepare(self, image: str | Future[bytes | DetectronError], place: int) -> Prepared:
+        content = image if isinstance(image, str) else image.result()
+        if isinstance(content, DetectronError):
+            raise content
+        return self._predictor.prepare(content, self._wanted, place)
+
+
+class _Rows:
+    """Images in Parquet files, which are read on where one image follows the last one."""
+
+    def __init__(self, column: str | None) -> None:
+        self._column = column
+        self._rows: Iterator[bytes | None] = iter(())
+        self._next: tuple[str, int | None] | None = None
+
+    def read(self, item: Item) -> bytes | DetectronError:
+        """An image's bytes, or why there are none."""
+        try:
+            if self._next != (item.path, item.row):
+                self._rows = parquet_source.contents(item.path, item.row or 0, self._column)
+            content = next(self._rows, None)
+        except DetectronError as exc:
+            self._next = None
+            return DamagedImageError(str(exc), value=item.path)
+        self._next = (item.path, (item.row or 0) + 1)
+        return DamagedImageError("there is nothing in its row", value=item.file_name) if content is None else content
+
+
+def _chunk(predictor: Predictor, images: Iterator[_Waiting], clock: Clock, budget: int) -> Iterator[Outcome]:
+    """The outcomes of one chunk, in order; each as soon as those before it are there."""
+    waiting: deque[_Waiting] = deque()
+    results: dict[int, Any] = {}
+
+    def usable() -> Iterator[Prepared]:
+        for each in images:
+            waiting.append(each)
+            try:
+                yield each.prepared.result()
+            except DetectronError as exc:
+                results[each.place] = exc
+
+    for group in predictor.groups(usable(), budget):
+        start = time.perf_counter()
+        found = _run(predictor, group)
+        clock.busy += time.perf_counter() - start
+        results.update((prepared.index, result) for prepared, result in zip(group, found, strict=True))
+        while waiting and waiting[0].place in results:
+            each = waiting.popleft()
+            yield each.outcome(results.pop(each.place))
+    for each in waiting:
+        yield each.outcome(results.pop(each.place))
+
+
+def _run(predictor: Predictor, group: Sequence[Prepared]) -> list[Any]:
+    """One result an image. Where a batch fails, its images run alone, so that none is lost for another's sake."""
+    try:
+        return [_checked(result) for result in predictor.run(group)]
+    except Exception as exc:
+        if len(group) == 1:
+            return [DetectronError(f"the model failed: {type(exc).__name__}: {' '.join(str(exc).split())[:300]}")]
+    return [result for each in group for result in _run(predictor, [each])]
+
+
+def _checked(result: Any) -> Detections | DetectronError:
+    if isinstance(result, (Detections, DetectronError)):
+        return result
+    return DetectronError(f"the model gives a {type(result).__name__}, which is no detections; use load_predictor")

@@ -1,0 +1,298 @@
+"""A whole run: from sources and a model to outputs that are there whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import orjson
+
+from bentoml_detectron import __version__
+from bentoml_detectron.artifact.files import sync_folder
+from bentoml_detectron.dataset import formats, parts
+from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock
+from bentoml_detectron.dataset.parts import CHUNKS, FINISHED, PLAN, RESULT, SOURCES, Listing
+from bentoml_detectron.dataset.sources import Columns, Dataset, Source
+from bentoml_detectron.dataset.work import Work, run
+from bentoml_detectron.errors import InvalidArgumentError, OutputError
+from bentoml_detectron.options import Options
+
+if TYPE_CHECKING:
+    from bentoml import Model, Tag
+
+    from bentoml_detectron.engines import Precision
+    from bentoml_detectron.predictor import Predictor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        images: How many there are.
+        failures: How many of them could not be used.
+        resumed: How many an earlier run had done.
+        seconds: From the first image of this run to its last, and their parts.
+        busy: The share of it that the model ran, in [0, 1].
+    """
+
+    images: int
+    failures: int
+    resumed: int
+    seconds: float
+    busy: float
+
+
+class Progress:
+    """Is told how far a run is; this one does nothing with it."""
+
+    def start(self, total: int, done: int) -> None:
+        """The run begins; an earlier one has done some of its images."""
+
+    def advance(self, images: int) -> None:
+        """So many more images came from the model."""
+
+    def failed(self, message: str) -> None:
+        """An image could not be used: "NAME: REASON"."""
+
+
+def write(
+    bento_model: str | Tag | Model,
+    source: Source | Iterable[Source],
+    outputs: Source | Sequence[Source],
+    *,
+    errors: Source | None = None,
+    resume: bool = False,
+    parquet_rows: Literal["detection", "image"] = "detection",
+    device_id: str = "cpu",
+    precision: Precision = "fp32",
+    trust_remote_code: bool = False,
+    trusted: Sequence[str] = (),
+    score_threshold: float | None = None,
+    classes: Sequence[str | int] | None = None,
+    top_k: int | None = None,
+    image_root: Source | None = None,
+    image_column: str | None = None,
+    key_column: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Runs a model over a dataset and writes what it finds; what ``bentoml detectron predict`` does.
+
+    Args:
+        bento_model: The model, or its tag, in BentoML's model store.
+        source: As in `predict`.
+        outputs: One, or several: paths that end with .json (COCO results), .jsonl, .parquet, or with nothing (a folder of
+            annotated pictures). They appear when all is done. Nothing may be there.
+        errors: Where to write the images that could not be used, as JSON lines.
+        resume: Whether to go on with an unfinished run of the same model, sources and options, where there is one.
+        parquet_rows: One a "detection", or one an "image".
+        device_id: As in `load_predictor`, and so are the next three.
+        precision:
+        trust_remote_code:
+        trusted:
+        score_threshold: As in `Predictor`, and so are the next two.
+        classes:
+        top_k:
+        image_root: As in `predict`, and so are the next two.
+        image_column:
+        key_column:
+        progress: Is told how far the run is.
+
+    Returns:
+        What was done.
+
+    Raises:
+        OutputError: An output is there already, belongs to another run, or cannot be written. What is finished is kept.
+        InvalidArgumentError: (``ValueError``) An argument is out of range, or a source is none.
+        DetectronError: And what `load_predictor` raises.
+    """
+    from bentoml_detectron.store import get
+
+    named = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
+    named += [] if errors is None else [(Path(errors), formats.FAILURES)]
+    work = Work(
+        str(get(bento_model).tag if not hasattr(bento_model, "tag") else bento_model.tag), device_id, precision,
+        trust_remote_code, tuple(trusted), score_threshold, None if classes is None else tuple(classes), top_k, None,
+        image_column, tuple(each for _, each in named), None, False, "",
+    )  # fmt: skip
+    work.writers()  # what they need is installed
+    dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column))
+    with parts.held([path for path, _ in named]) as folders:
+        return _Run(work, [path for path, _ in named], folders, progress or Progress()).do(dataset, resume)
+
+
+def _several(outputs: Source | Sequence[Source]) -> Sequence[Source]:
+    found = [outputs] if isinstance(outputs, (str, os.PathLike)) else outputs
+    if not found:
+        raise InvalidArgumentError("there is no output; give the path of one", value=outputs)
+    return found
+
+
+class _Run:
+    """One run, whose outputs' folders are held."""
+
+    def __init__(self, work: Work, outputs: list[Path], folders: list[Path], progress: Progress) -> None:
+        self._main = folders[0]
+        self._work = replace(work, folder=str(self._main / CHUNKS))
+        self._outputs, self._folders, self._progress = outputs, folders, progress
+
+    def do(self, dataset: Dataset, resume: bool) -> Report:
+        before, report = self._before(resume)
+        if before is None and all(map(os.path.lexists, self._outputs)):
+            return Report(0, 0, 0, 0.0, 0.0)  # an earlier run has ended
+        listing = Listing(self._main / SOURCES, dataset, CHUNK)
+        if not listing.count:
+            raise InvalidArgumentError("there are no images in the sources", value=None)
+        plan = self._plan(listing, dataset.categories)
+        if before is not None:
+            _check_same(before, plan, self._main)
+        if report is None:
+            report = self._predict(listing, dataset.categories, plan, before)
+        with parts.writing(self._main):
+            self._publish()
+        return report
+
+    def _before(self, resume: bool) -> tuple[dict[str, Any] | None, Report | None]:
+        """The plan of the unfinished run of these outputs, and its report if only its outputs have to appear."""
+        mark = parts.read_json(self._main / FINISHED)
+        before = mark["plan"] if mark else parts.read_json(self._main / PLAN)
+        for folder in self._folders[1:]:
+            theirs = parts.read_json(folder / FINISHED) or parts.read_json(folder / PLAN)
+            if theirs and theirs.get("outputs") != self._names():
+                raise OutputError(
+                    f"{str(folder)!r} is of an unfinished run with other outputs; finish it, or remove the folder"
+                )
+        if before is not None and not resume:
+            raise OutputError(
+                f"an unfinished run is in {str(self._main)!r}; go on with --resume (resume=True), or remove the folder",
+                value=str(self._main),
+            )
+        there = [str(each) for each in self._outputs if os.path.lexists(each)]
+        if there and not mark and not (resume and before is None and len(there) == len(self._outputs)):
+            raise OutputError(f"{', '.join(there)}: there already; remove it, or give another name", value=there)
+        return before, Report(**mark["report"]) if mark else None
+
+    def _names(self) -> list[list[str]]:
+        paths = [str(folder).removesuffix(parts.SUFFIX) for folder in self._folders]
+        return [list(each) for each in zip(paths, self._work.formats, strict=True)]
+
+    def _plan(self, listing: Listing, categories: dict[str, int] | None) -> dict[str, Any]:
+        """What has to be the same for a run to go on."""
+        skipped = ("formats", "categories", "text_ids", "folder", "max_batch_pixels")
+        plan: dict[str, Any] = orjson.loads(
+            orjson.dumps(
+                {
+                    "outputs": self._names(),
+                    "version": __version__,
+                    "images": listing.count,
+                    "sources": listing.digest,
+                    "categories": categories,
+                    "chunk": listing.size,
+                    **{name: value for name, value in asdict(self._work).items() if name not in skipped},
+                }
+            )
+        )
+        return plan
+
+    def _predict(
+        self, listing: Listing, categories: dict[str, int] | None, plan: dict[str, Any], before: dict[str, Any] | None
+    ) -> Report:
+        predictor = self._work.predictor()
+        budget = before["max_batch_pixels"] if before else predictor.budget()
+        wanted = predictor.options(
+            score_threshold=self._work.score_threshold, classes=self._work.classes, top_k=self._work.top_k
+        )
+        ids = None if categories is None else category_ids(predictor, wanted, categories)
+        work = replace(self._work, max_batch_pixels=budget, categories=ids, text_ids=listing.text_ids)
+        with parts.writing(self._main):
+            if before is None:
+                (self._main / CHUNKS).mkdir(exist_ok=True)
+                for folder in reversed(self._folders):  # the first one's last: it says that all are there
+                    parts.write_json(folder / PLAN, {**plan, "max_batch_pixels": budget})
+            done, images, failures = parts.finished_chunks(self._main / CHUNKS)
+        self._progress.start(listing.count, images)
+        clock = Clock()
+        chunks = (
+            Chunk(number, number * listing.size + 1, listing.items(number))
+            for number in range(listing.chunks)
+            if number not in done
+        )
+        for each in run(work, predictor, chunks, clock, self._progress.advance):
+            failures += len(each.failures)
+            for message in each.failures:
+                self._progress.failed(message)
+        seconds = clock.seconds
+        report = Report(listing.count, failures, images, seconds, clock.busy / seconds if seconds else 0.0)
+        with parts.writing(self._main):
+            self._join(work, listing.chunks)
+            parts.write_json(self._main / FINISHED, {"plan": plan, "report": asdict(report)})
+        return report
+
+    def _join(self, work: Work, count: int) -> None:
+        for index, (writer, folder) in enumerate(zip(work.writers(), self._folders, strict=True)):
+            result = folder / RESULT
+            parts.remove(result)
+            writer.join(parts.parts(self._main / CHUNKS, count, index), result)
+            parts.sync_tree(result)
+
+    def _publish(self) -> None:
+        """Lets the outputs appear; what has appeared before a run was killed is no more in its folder."""
+        for output, folder in zip(self._outputs, self._folders, strict=True):
+            if os.path.lexists(folder / RESULT):
+                if os.path.lexists(output):
+                    raise OutputError(
+                        f"{str(output)!r} has appeared meanwhile; remove it, and go on with --resume", value=output
+                    )
+                (folder / RESULT).rename(output)
+                sync_folder(folder.parent)
+        for folder in reversed(self._folders):  # the first one's last: its mark says that the outputs are there
+            parts.empty(folder)
+
+
+def _check_same(before: dict[str, Any], plan: dict[str, Any], folder: Path) -> None:
+    """Sees to it that an unfinished run is the same one.
+
+    Raises:
+        OutputError: It is not.
+    """
+    changed = [name for name, value in plan.items() if before.get(name) != value]
+    other = [f"{name} was {before.get(name)!r:.100}, and is {plan[name]!r:.100}" for name in changed]
+    if other:
+        raise OutputError(
+            f"the unfinished run in {str(folder)!r} is another one: {'; '.join(other)}; give the same, or remove it",
+            value=other,
+        )
+
+
+def category_ids(predictor: Predictor, wanted: Options, categories: dict[str, int]) -> dict[int, int] | None:
+    """Ids of an annotation file's categories by the model's class ids, where they have the same names.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) A class has no category of its name, and its own id is another category's.
+    """
+    from bentoml_detectron.outputs import Names
+
+    names = (predictor.dataset and predictor.dataset.thing_classes) or []
+    kept = {index: name for index, name in enumerate(names) if wanted.things is None or index in wanted.things}
+    known = {index: categories[name] for index, name in kept.items() if name in categories}
+    if not known:
+        if kept and categories:
+            logger.warning("no class of the model has the name of a category of the annotation file; the model's own ids stay")
+        return None
+    own = Names(predictor.dataset).categories(np.array([*kept], np.int64))
+    ids = dict(zip(kept, kept if own is None else own.tolist(), strict=True))
+    lost = [name for index, name in kept.items() if index not in known and ids[index] in categories.values()]
+    if lost:
+        raise InvalidArgumentError(
+            f"the annotation file has no category for {', '.join(lost):.300}, and others have the ids of these classes; "
+            "name the classes that it has (--classes, classes=)",
+            value=lost,
+        )
+    return known

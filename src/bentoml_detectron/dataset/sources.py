@@ -1,0 +1,215 @@
+"""What the images of a dataset are, one by one and in order: files, folders, globs, annotation files, Parquet, a list on stdin.
+
+Nothing is decoded here, and nothing fetched. What a file is, its first bytes say; a folder's images have the usual endings.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bentoml_detectron.dataset import parquet_source
+from bentoml_detectron.errors import InvalidArgumentError
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+"""What an image's name ends with, in a folder; the formats that `images` decodes."""
+STDIN = "-"
+
+Source = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a dataset, not read yet.
+
+    Attributes:
+        file_name: As in `Prediction`.
+        image_id: As in `Prediction`.
+        path: The image, or the Parquet file that it is in.
+        row: Its row there, from 0; None for a file of its own.
+    """
+
+    file_name: str
+    image_id: int | str
+    path: str
+    row: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns of Parquet files; None where the usual names shall be looked for.
+
+    Attributes:
+        image: With the encoded images.
+        key: With the images' names.
+    """
+
+    image: str | None = None
+    key: str | None = None
+
+
+class Dataset:
+    """The images of some sources, found while one iterates over them, once.
+
+    Attributes:
+        categories: Ids by name of an annotation file's categories, once it was read; None without such a file.
+    """
+
+    def __init__(
+        self, source: Source | Iterable[Source], *, image_root: Source | None = None, columns: Columns | None = None
+    ) -> None:
+        """Takes the sources as they are; nothing is read yet.
+
+        Args:
+            source: One, or several in their order: the path of an image, a folder (with those in it), a glob, a COCO annotation
+                file (then it is the only one), a Parquet file, or "-" for a list of images' paths on stdin, one a line.
+            image_root: What an annotation file's ``file_name`` starts from; the folder of that file unless given.
+            columns: Of Parquet files.
+        """
+        self.categories: dict[str, int] | None = None
+        self._given = [source] if isinstance(source, (str, os.PathLike)) else source
+        self._root = image_root
+        self._columns = columns or Columns()
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        """Goes through the images.
+
+        Raises:
+            InvalidArgumentError: (``ValueError``) A source is none, or there are no images in it.
+        """
+        for given in self._given:
+            yield from self._of(given)
+
+    def _of(self, given: object) -> Iterator[Item]:
+        if not isinstance(given, (str, os.PathLike)):
+            raise InvalidArgumentError(f"a source is a {type(given).__name__}; give a path", value=given)
+        name = os.fspath(given)
+        if self.categories is not None:
+            raise _not_alone(name)
+        if "://" in name or name[:5].lower() == "data:":
+            raise InvalidArgumentError(f"nothing is fetched; give a path, not {name[:80]!r}", value=name)
+        if name == STDIN:
+            return self._images(_lines())
+        if Path(name).is_dir():
+            return self._images(_some(name, "no image", _folder(name)))
+        if os.path.lexists(name):
+            return self._file(name)
+        if not glob.has_magic(name):
+            raise InvalidArgumentError(f"there is no {name!r}; give a file, a folder or a glob", value=name)
+        matches = sorted(glob.iglob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
+        each = (item for match in matches for item in (self._of(match)))
+        return _some(name, "nothing", each)
+
+    def _images(self, paths: Iterable[str]) -> Iterator[Item]:
+        for path in paths:
+            yield self._item(path, path)
+
+    def _item(self, file_name: str, path: str, row: int | None = None) -> Item:
+        self._count += 1
+        return Item(file_name, self._count, path, row)
+
+    def _file(self, path: str) -> Iterator[Item]:
+        start = _start(path)
+        if start.startswith(parquet_source.MAGIC):
+            for row, key in enumerate(parquet_source.keys(path, self._columns.image, self._columns.key)):
+                yield self._item(key, path, row)
+        elif start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+            yield from self._annotated(path)
+        else:
+            yield self._item(path, path)
+
+    def _annotated(self, path: str) -> Iterator[Item]:
+        if self._count:
+            raise _not_alone(path)
+        images, self.categories = annotated_images(path)
+        root = Path(path).parent if self._root is None else Path(self._root)
+        for image_id, file_name in images:
+            yield Item(file_name, image_id, str(root / file_name))
+
+
+def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[str, int]]:
+    """Ids and file names of an annotation file's images, in its order, and its categories' ids by name.
+
+    The whole file is read into memory, once.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) It is no such file.
+    """
+    try:
+        content = orjson.loads(Path(path).read_bytes())
+        images = [(each["id"], each["file_name"]) for each in content["images"]]
+        categories = {each["name"]: each["id"] for each in content.get("categories", [])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise InvalidArgumentError(
+            f"{str(path)!r} is no COCO annotation file ({exc!r}): it needs 'images' with 'id' and 'file_name'",
+            value=path,
+        ) from exc
+    kinds = {type(image_id) for image_id, _ in images}
+    if not (kinds <= {int} or kinds <= {str}) or any(type(name) is not str for _, name in images):
+        raise _unfit(path, "ids of images are whole numbers, or strings, and file names are strings")
+    if any(type(name) is not str or type(number) is not int for name, number in categories.items()):
+        raise _unfit(path, "names of categories are strings, and their ids are whole numbers")
+    if len({image_id for image_id, _ in images}) < len(images):
+        raise _unfit(path, "no two images have one id")
+    return images, categories
+
+
+def _not_alone(name: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name!r}: an annotation file has ids of its own; let it be the only source", value=name)
+
+
+def _unfit(path: Source, due: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{str(path)!r} is no COCO annotation file: there, {due}", value=path)
+
+
+def _some(name: str, what: str, found: Iterator[Any]) -> Iterator[Any]:
+    """The same, of which there is at least one.
+
+    Raises:
+        InvalidArgumentError: There is none.
+    """
+    empty = True
+    for each in found:
+        empty = False
+        yield each
+    if empty:
+        raise InvalidArgumentError(
+            f"there is {what} in {name!r}; a folder's images end with {' '.join(SUFFIXES)}, other files are named", value=name
+        )
+
+
+def _folder(name: str) -> Iterator[str]:
+    """The images below a folder, those of each folder before those below it; links to folders are not followed."""
+    for folder, folders, files in os.walk(name):
+        folders.sort()
+        for file in sorted(files):
+            if file.lower().endswith(SUFFIXES):
+                yield os.path.join(folder, file)  # noqa: PTH118 - a Path takes five times as long
+
+
+def _lines() -> Iterator[str]:
+    """Paths on stdin, one a line."""
+    for line in sys.stdin.buffer:
+        if name := line.rstrip(b"\r\n"):
+            yield os.fsdecode(name)
+
+
+def _start(path: str) -> bytes:
+    """The first bytes of a regular file; nothing of anything else, and of what cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(descriptor, 64) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    finally:
+        os.close(descriptor)

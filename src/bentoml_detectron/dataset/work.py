@@ -1,0 +1,186 @@
+"""The work on chunks of a dataset, whoever does it: from images to finished parts in a folder.
+
+`Work` is plain values, so that it can be sent to where the work is done; there it needs the model's store, the images and the
+folder. What an engine has to do is to call `run` somewhere with chunks, whatever their order, and to pass on what it gives.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bentoml_detectron.dataset import parts
+from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
+from bentoml_detectron.dataset.formats import Format, make
+from bentoml_detectron.dataset.prediction import Failure, Prediction
+from bentoml_detectron.errors import DetectronError
+
+if TYPE_CHECKING:
+    from bentoml_detectron.engines import Precision
+    from bentoml_detectron.predictor import Predictor
+
+
+_MOST_PIECES = 8  # that wait to be made
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be done with each chunk.
+
+    Attributes:
+        model: Its tag, with the version.
+        device_id: As in `load_predictor`, and so are the next three.
+        precision:
+        trust_remote_code:
+        trusted:
+        score_threshold: As in `Predictor`, and so are the next two.
+        classes:
+        top_k:
+        max_batch_pixels: Most pixels, padding included, in a batch; fixed once, since batches' sizes show in the last digits.
+        image_column: Of Parquet files.
+        formats: Of the outputs.
+        categories: Ids for COCO results by the model's class ids, where an annotation file has others.
+        text_ids: Whether images' ids are strings.
+        folder: Of the finished chunks.
+    """
+
+    model: str
+    device_id: str
+    precision: Precision
+    trust_remote_code: bool
+    trusted: tuple[str, ...]
+    score_threshold: float | None
+    classes: tuple[str | int, ...] | None
+    top_k: int | None
+    max_batch_pixels: int | None
+    image_column: str | None
+    formats: tuple[str, ...]
+    categories: dict[int, int] | None
+    text_ids: bool
+    folder: str
+
+    def predictor(self) -> Predictor:
+        """Loads the model; errors are those of `load_predictor`."""
+        from bentoml_detectron.store import load_predictor
+
+        return load_predictor(
+            self.model,
+            self.device_id,
+            precision=self.precision,
+            trust_remote_code=self.trust_remote_code,
+            trusted=self.trusted,
+            max_batch_pixels=self.max_batch_pixels,
+        )
+
+    def writers(self) -> list[Format]:
+        """What writes the outputs, in their order."""
+        return [make(each, self.categories, self.text_ids) for each in self.formats]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A chunk that is finished.
+
+    Attributes:
+        number: Its own.
+        images: How many it has.
+        failures: "NAME: REASON" for each that could not be used.
+    """
+
+    number: int
+    images: int
+    failures: tuple[str, ...]
+
+
+def run(
+    work: Work, predictor: Predictor, chunks: Iterable[Chunk], clock: Clock, told: Callable[[int], None] = lambda images: None
+) -> Iterator[Done]:
+    """Works on chunks in this process; each is in the folder whole or not at all.
+
+    Args:
+        work: What to do.
+        predictor: That of `Work.predictor`.
+        chunks: Are taken a few images ahead.
+        clock: Is told when the model was busy.
+        told: Is called with the number of images that came from the model.
+
+    Yields:
+        Each chunk when it is finished, in their order.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    from bentoml_detectron.dataset import local
+
+    wanted = predictor.options(score_threshold=work.score_threshold, classes=work.classes, top_k=work.top_k)
+    writers = work.writers()
+    pool = local.workers()
+    try:
+        found = local.outcomes(
+            predictor,
+            chunks,
+            wanted,
+            pool,
+            clock,
+            budget=work.max_batch_pixels or predictor.budget(),
+            image_column=work.image_column,
+        )
+        finishing: deque[Future[Done]] = deque()
+        for number, images in groupby(found, key=lambda each: each.chunk):
+            chunk = _Unfinished(Path(work.folder), number, writers, pool)
+            for outcome in images:
+                chunk.add(outcome)
+                told(1)
+            finishing.append(pool.submit(chunk.finish))
+            while finishing and (finishing[0].done() or len(finishing) > 2):
+                yield finishing.popleft().result()
+        while finishing:
+            yield finishing.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Unfinished:
+    """A chunk whose pieces are made, by threads, a bounded number ahead of them."""
+
+    def __init__(self, folder: Path, number: int, writers: list[Format], pool: ThreadPoolExecutor) -> None:
+        self._folder, self._number, self._writers, self._pool = folder, number, writers, pool
+        self._scratch = parts.scratch(folder, number)
+        self._pieces: list[Future[list[Any]]] = []
+        self._failures: list[str] = []
+        self._first = 0  # of the pieces that may not be made yet
+
+    def add(self, outcome: Outcome) -> None:
+        if isinstance(outcome.result, DetectronError):
+            failure = Failure(outcome.item.file_name, outcome.item.image_id, outcome.result)
+            self._failures.append(f"{failure.file_name}: {failure.reason}")
+        self._pieces.append(self._pool.submit(self._make, outcome))
+        if len(self._pieces) - self._first > _MOST_PIECES:
+            self._pieces[self._first].result()
+            self._first += 1
+
+    def _make(self, outcome: Outcome) -> list[Any]:
+        made: Prediction | Failure
+        if isinstance(outcome.result, DetectronError):
+            made = Failure(outcome.item.file_name, outcome.item.image_id, outcome.result)
+        else:
+            made = Prediction(outcome.item.file_name, outcome.item.image_id, outcome.result)
+        with parts.writing(self._folder):
+            return [
+                writer.piece(made, outcome.position, outcome.image, self._scratch / str(index))
+                for index, writer in enumerate(self._writers)
+            ]
+
+    def finish(self) -> Done:
+        """Runs in one of the pool's threads; the pieces' tasks are before it in the pool's queue, so they end."""
+        pieces = [each.result() for each in self._pieces]
+        with parts.writing(self._folder):
+            for index, writer in enumerate(self._writers):
+                writer.part([each[index] for each in pieces], self._scratch / str(index))
+            parts.publish_chunk(self._scratch, self._folder, self._number, len(pieces), len(self._failures))
+        return Done(self._number, len(pieces), tuple(self._failures))

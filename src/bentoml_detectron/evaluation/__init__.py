@@ -1,0 +1,114 @@
+"""`evaluate`: what a model found on a dataset, wherever it was found, against what is there; `compare`: two models on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bentoml_detectron.errors import InvalidArgumentError
+from bentoml_detectron.evaluation import ground_truth as truths
+from bentoml_detectron.evaluation.comparison import Comparison, Difference, compare
+from bentoml_detectron.evaluation.ground_truth import GroundTruth, ImageId
+from bentoml_detectron.evaluation.statistics import Evaluation, Task
+from bentoml_detectron.results import Detections
+
+if TYPE_CHECKING:
+    from bentoml_detectron.evaluation.average_precision import Instances
+    from bentoml_detectron.evaluation.segmentation import Panoptic, Semantic
+
+__all__ = ["Comparison", "Difference", "Evaluation", "GroundTruth", "Task", "compare", "evaluate"]
+
+
+def evaluate(
+    predictions: Mapping[ImageId, Detections] | Iterable[tuple[ImageId, Detections]],
+    ground_truth: GroundTruth | str | Path | Mapping[str, Any],
+    *,
+    thing_classes: Sequence[str] | None = None,
+    stuff_classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    panoptic_root: str | Path | None = None,
+    keypoint_sigmas: Sequence[float] | None = None,
+) -> Evaluation:
+    """Measures predictions against a ground truth: AP, panoptic quality or IoU, by what the annotations are.
+
+    COCO's instances give the AP of boxes, and of masks and keypoints where both the file and the model have them; panoptic
+    segments give PQ; semantic maps give IoU. Classes go by their names. Crowds are as COCO has them.
+
+    Args:
+        predictions: What was found on each image, by the ground truth's image ids; of semantic maps, by their file names
+            without the suffix. Any order.
+        ground_truth: The path or the content of a COCO file (instances, person keypoints, panoptic), or a folder of semantic
+            maps as PNG, whose pixels are the model's class ids, and 255 (65535 with 255 classes and more) where none is known.
+        thing_classes: The model's names of things, by id; with them, classes that the model lacks are an error.
+        stuff_classes: The model's names of stuff, by id.
+        classes: Names of the only ones to evaluate; None: all of the ground truth.
+        panoptic_root: Folder of the PNGs of a panoptic file; its path without ".json" unless given.
+        keypoint_sigmas: One a keypoint, as pycocotools' ``kpt_oks_sigmas``. None: COCO's for 17 keypoints, else 1/K for K.
+
+    Returns:
+        The metrics, from 0 to 1, over all and by class.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) The ground truth cannot be read, images or classes of the two do not match, or
+            the model gives nothing that it has.
+        DependencyMissingError: pycocotools is not installed.
+
+    Example::
+
+        found = zip([image["id"] for image in content["images"]], predictor(paths))
+        print(evaluate(found, "instances.json").tasks["box"].metrics["AP"])
+    """
+    truth = ground_truth
+    if not isinstance(truth, GroundTruth):
+        truth = truths.read(truth, panoptic_root=panoptic_root)
+    if classes is not None:
+        truth = truths.chosen(truth, classes)
+    notes = _checked_names(truth, thing_classes, stuff_classes)
+    collector = _collector(truth, stuff_classes or thing_classes, keypoint_sigmas)
+    places = {each.id: place for place, each in enumerate(truth.images)}
+    left = dict.fromkeys(places)
+    for image_id, found in predictions.items() if isinstance(predictions, Mapping) else predictions:
+        if image_id not in left:
+            fault = "is there twice" if image_id in places else f"is none of {truth.source}"
+            raise InvalidArgumentError(f"the prediction of image {image_id!r} {fault}", value=image_id)
+        place = places[image_id]
+        due = truth.images[place].size
+        if due is not None and found.image_size != due:
+            name = truth.images[place].file_name
+            raise InvalidArgumentError(
+                f"{name} has {found.image_size[0]} rows and {found.image_size[1]} columns, {truth.source} says {due[0]} and "
+                f"{due[1]}; give the images that were annotated",
+                value=name,
+            )
+        collector.add(place, found)
+        del left[image_id]
+    if left:
+        names = [truth.images[places[each]].file_name for each in left]
+        raise InvalidArgumentError(f"there is no prediction of {truths.listed(names)}; predict on all images", value=names)
+    tasks = collector.finish()
+    return Evaluation(tuple(places), tasks, (*notes, *collector.notes))
+
+
+def _checked_names(truth: GroundTruth, thing_classes: Sequence[str] | None, stuff_classes: Sequence[str] | None) -> list[str]:
+    """Notes on classes that the ground truth has not; an error where the model lacks one."""
+    extra = []
+    if thing_classes and truth.categories:
+        extra += truths.check_names(truth, thing_classes, is_thing=True)
+    if stuff_classes and truth.kind == "panoptic":
+        extra += truths.check_names(truth, stuff_classes, is_thing=False)
+    if not extra:
+        return []
+    return [f"of the model's classes, {truths.listed(map(repr, extra))} are not evaluated: {truth.source} has none of these"]
+
+
+def _collector(
+    truth: GroundTruth, names: Sequence[str] | None, keypoint_sigmas: Sequence[float] | None
+) -> Instances | Panoptic | Semantic:
+    from bentoml_detectron.evaluation import average_precision, segmentation
+
+    if truth.kind == "instances":
+        return average_precision.Instances(truth, keypoint_sigmas)
+    if truth.kind == "panoptic":
+        return segmentation.Panoptic(truth)
+    return segmentation.Semantic(truth, names)
