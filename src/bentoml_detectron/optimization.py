@@ -147,13 +147,13 @@ def optimize(
         before=before,
         after=after,
     )
-    problems = _problems(report)
-    if problems and not force:
+    against = tuple(problems(report))
+    if against and not force:
         raise OptimizationError(
-            f"{found.tag} in int8 is not worth it: {'; '.join(problems)}. Nothing was saved; --force keeps it all the same",
-            value=tuple(problems),
+            f"{found.tag} in int8 is not worth it: {'; '.join(against)}. Nothing was saved; --force keeps it all the same",
+            value=against,
         )
-    report = Report(**{**asdict(report), "problems": tuple(problems), "is_forced": bool(problems)})
+    report = Report(**{**asdict(report), "problems": against, "is_forced": bool(against)})
     return store.save_calibrated(found, saved, name, calibration, {METADATA: report.to_dict()}), report
 
 
@@ -181,26 +181,23 @@ def _compared(
     return seconds, shares
 
 
-def _problems(report: Report) -> list[str]:
-    problems = []
+def problems(report: Report) -> list[str]:
+    """What is against a model in int8, a line each."""
+    found = []
     if report.times_as_fast < 1:
-        problems.append(
-            f"it is slower than fp32 here ({report.milliseconds['int8']:.0f} ms an image against "
-            f"{report.milliseconds['fp32']:.0f})"
-        )
-    lost = {key: value - report.after.get(key, 0.0) for key, value in report.before.items()}
-    problems += [
-        f"{key} falls by {100 * each:.2f} points, and {100 * MOST_LOST:.1f} are allowed"
-        for key, each in lost.items()
-        if each > MOST_LOST
-    ]
-    if not report.before and report.alike is None:
-        problems.append(
-            f"nothing that scores {LIKELY} or more was found on the images, so that nothing can be said of its drift"
-        )
-    elif not report.before and report.alike is not None and report.alike < LEAST_ALIKE:
-        problems.append(f"only {report.alike:.1%} of what it finds is what fp32 finds, and {LEAST_ALIKE:.0%} are asked")
-    return problems
+        times = report.milliseconds
+        found.append(f"it is slower than fp32 here ({times['int8']:.1f} ms an image against {times['fp32']:.1f})")
+    for name, value in report.before.items():
+        lost = value - report.after.get(name, 0.0)
+        if lost > MOST_LOST:
+            found.append(f"{name} falls by {100 * lost:.2f} points, and {100 * MOST_LOST:.1f} are allowed")
+    if report.before:
+        return found
+    if report.alike is None:
+        found.append(f"nothing that scores {LIKELY} or more was found on the images, so its drift is unknown")
+    elif report.alike < LEAST_ALIKE:
+        found.append(f"only {report.alike:.1%} of what it finds is what fp32 finds, and {LEAST_ALIKE:.0%} are asked")
+    return found
 
 
 def alike(one: Detections, other: Detections) -> float | None:

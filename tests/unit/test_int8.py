@@ -1,0 +1,75 @@
+"""Convolutions in 8-bit integers give what floats give, to a step of the output's range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.layers import Conv2d
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from bentoml_detectron import engines
+from bentoml_detectron.engines import int8
+from bentoml_detectron.engines.quantized import Quantized, Range, mapped, quantize
+
+pytestmark = pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers")
+
+shapes = st.tuples(st.integers(1, 2), st.sampled_from([8, 16, 24]), st.integers(1, 9), st.integers(1, 9))
+
+
+def range_of(x):
+    return Range(min(float(x.min()), 0.0), max(float(x.max()), 0.0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes, st.integers(0, 1000), st.sampled_from([8, 16]), st.sampled_from([1, 3]), st.integers(1, 2), st.sampled_from([1, 8]),
+    st.booleans(), st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_a_convolution_is_within_one_step(shape, seed, given_channels, size, stride, groups, relu, adds, is_signed, goes_on):
+    generator = torch.Generator().manual_seed(seed)
+    conv = Conv2d(shape[1], given_channels, size, stride=stride, padding=size // 2, groups=groups)
+    conv.weight.data = torch.randn(conv.weight.shape, generator=generator)
+    conv.bias.data = torch.randn(conv.bias.shape, generator=generator)
+    x = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
+    x = quantize(x if is_signed else x.abs(), range_of(x))
+    weight = conv.weight.detach()
+    steps = weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+    exact = functional.conv2d(x.float(), (weight / steps).round() * steps, conv.bias, stride, size // 2, 1, groups)
+    add = None
+    if adds:
+        add = torch.randn(exact.shape, generator=generator).to(memory_format=torch.channels_last)
+        add = quantize(add, range_of(add))
+        exact = exact + add.float()
+    exact = (exact.relu() if relu else exact).detach()
+    wide = range_of(exact)
+    found = int8.Convolution(conv, range_of(x.float()), wide if goes_on else None, torch.float32)(x, relu, add)
+    assert isinstance(found, Quantized) == goes_on
+    assert found.shape == exact.shape
+    allowed = 1.01 * wide.scale if goes_on else 1e-4 * float(exact.abs().max() + 1)
+    assert float((found.float() - exact).abs().max()) <= allowed
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
+def test_a_number_is_within_half_a_step_and_zero_is_zero(numbers):
+    x = torch.tensor([*numbers, 0.0])
+    found = quantize(x, range_of(x))
+    assert float((found.float() - x).abs().max()) <= 0.5001 * found.scale + 1e-6 * float(x.abs().max())
+    assert float(found.float()[-1]) == 0
+
+
+def test_what_is_outside_of_the_range_gets_its_end():
+    found = quantize(torch.tensor([-9.0, 9.0, float("inf")]), Range(-1.0, 2.0)).float()
+    assert found.tolist() == pytest.approx([-1.0, 2.0, 2.0], abs=0.02)
+
+
+def test_what_moves_numbers_moves_both_kinds():
+    x = torch.arange(12.0).reshape(1, 1, 3, 4)
+    assert torch.equal(mapped(lambda each: each[:, :, ::2], quantize(x, Range(0, 255))).float(), x[:, :, ::2])
+
+
+def test_ranges_survive_being_saved():
+    calibration = {"backbone.conv": int8.Ranges(Range(-1.5, 2.0), Range(0.0, 3.25))}
+    assert int8.from_plain(int8.to_plain(calibration)) == calibration
