@@ -22,7 +22,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.service import logs
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
-from bentoml_detectron.service.life import REPLACES_VARIABLE, drain_on_sigterm, respawn_at_once
+from bentoml_detectron.service.life import drain_on_sigterm, respawn_at_once, share_turns, wait_for_turn
 from bentoml_detectron.service.metrics import Metrics
 from bentoml_detectron.service.openapi import document
 
@@ -92,7 +92,7 @@ def get_service(
         bento_model = model
 
         def __init__(self) -> None:
-            _start(worker, lambda: self.bento_model, service_config.get("workers") or 1)
+            _start(worker, lambda: self.bento_model, service_config.get("workers") or 1, prefix)
             worker.openapi = lambda: document(service.name, prefix)
 
         # The middleware answers for these two; they are here for BentoML's clients, which ask the service for its methods.
@@ -125,12 +125,13 @@ def get_service(
 
         @bentoml.on_deployment  # type: ignore[untyped-decorator]
         def supervise() -> None:  # BentoML makes it a static method, and calls it where the workers are started
+            share_turns(service.name)
             respawn_at_once()
 
         @bentoml.on_startup  # type: ignore[untyped-decorator]
         async def start(self) -> None:
-            if REPLACES_VARIABLE in os.environ and worker.engine is not None:
-                await worker.engine.loaded()
+            if worker.engine is not None:
+                await wait_for_turn(service.name, worker.engine, lambda: worker.draining)
 
         @bentoml.on_shutdown  # type: ignore[untyped-decorator]
         async def stop(self) -> None:
@@ -172,7 +173,7 @@ def _with_token(settings: Settings) -> Settings:
     return settings if settings.token else replace(settings, token=os.environ.get(TOKEN_VARIABLE) or None)
 
 
-def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str) -> None:
+def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str, prefix: str) -> None:
     """Starts a worker: the model is loaded beside the event loop, so that ``/readyz`` can say that it is not there yet."""
     from bentoml_detectron.engines.memory import keep_freed_memory
 
@@ -189,7 +190,7 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
         predictor = load_tested(model, settings)
         warm_up(predictor)
         worker.samples = _samples(predictor)
-        worker.info = lambda: {**_info(model, predictor, settings), "samples": list(worker.samples)}
+        worker.info = lambda: {**_info(model, predictor, settings), "path_prefix": prefix, "samples": list(worker.samples)}
         logger.info("%s is ready", model.tag)
         return predictor
 
