@@ -1,7 +1,14 @@
-"""A model that gives rotated boxes and needs none of Detectron2's compiled ops: its weights are the boxes."""
+"""A model that gives rotated boxes and needs none of Detectron2's compiled ops: its weights are the boxes.
+
+One of a server's workers can be made slow to load it: ``TURNED_SLOW="FOLDER NUMBER SECONDS"`` is the how-manieth to build it.
+"""
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +29,9 @@ class TurnedBoxes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.places = nn.Parameter(torch.tensor(BOXES))
+        if "TURNED_SLOW" in os.environ:
+            folder, slow, seconds = os.environ["TURNED_SLOW"].split()
+            time.sleep(float(seconds) if _turn(Path(folder)) == int(slow) else 0)
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -43,3 +53,13 @@ class TurnedBoxes(nn.Module):
             scores=torch.linspace(0.95, 0.65, count),
             pred_classes=torch.arange(count),
         )
+
+
+def _turn(folder: Path) -> int:
+    """How many processes were here before."""
+    turn = 0
+    while True:
+        with suppress(FileExistsError):
+            (folder / str(turn)).touch(exist_ok=False)
+            return turn
+        turn += 1

@@ -1,15 +1,25 @@
-"""How a server's processes begin and end: a worker says that it goes before it goes, and another takes its place at once."""
+"""How a server's processes begin and end: none takes requests that another could answer and it cannot.
+
+A worker says that it goes before it goes, another takes its place at once, and it listens when it can answer.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import signal
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-REPLACES_VARIABLE = "BENTOML_DETECTRON_REPLACES"
-"""Name of the environment variable of workers that take another's place."""
+if TYPE_CHECKING:
+    from bentoml_detectron.service.engine import Engine
+
+_POLL = 0.02
+"""Seconds between two looks at whether a worker may listen."""
 _PAUSE = 1.0
 """Least seconds between two looks at the workers, so that one that ends as it begins is not started all the time."""
 
@@ -37,10 +47,72 @@ def drain_on_sigterm(begin: Callable[[], None], seconds: float) -> None:
         return
 
 
+def share_turns(service: str) -> None:
+    """In the process that starts a service's workers: makes the file by which they know of each other; see `wait_for_turn`.
+
+    It is in memory, and is gone with the process.
+    """
+    os.memfd_create(_turns(service))
+
+
+async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bool]) -> None:
+    """Waits until a worker may listen: at once if no other is ready, and none says already that it is loading.
+
+    Workers share a socket, and whoever listens gets requests, ``/readyz`` among them. So of those that start together one
+    listens at once, to say that the model is being loaded. Any other listens when its own model is loaded, and the first one's
+    is, too, or the first one is gone. If its model cannot be loaded, it does not listen while another one does.
+
+    The file's lock is the first one's alone while it loads, and shared by those that are ready. It ends with their processes.
+
+    Args:
+        service: As given to `share_turns`; without that, the worker is alone.
+        engine: The worker's.
+        is_ending: Whether the worker was told to end.
+    """
+    file = _turns_file(service)
+    if file is None:
+        return
+    if _locks(file, fcntl.LOCK_EX):
+        _share_when_loaded(file, engine)
+        return
+    await engine.loaded()
+    while not _locks(file, fcntl.LOCK_SH if engine.failure is None else fcntl.LOCK_EX) and not is_ending():
+        await asyncio.sleep(_POLL)
+
+
+def _share_when_loaded(file: int, engine: Engine) -> None:
+    if engine.failure is not None:
+        fcntl.lockf(file, fcntl.LOCK_UN)
+    elif engine.predictor is not None:
+        fcntl.lockf(file, fcntl.LOCK_SH)  # at no moment is it free
+    else:
+        asyncio.get_running_loop().call_later(_POLL, _share_when_loaded, file, engine)
+
+
+def _turns(service: str) -> str:
+    return f"bentoml-detectron-{service:.50}"
+
+
+def _turns_file(service: str) -> int | None:
+    """The file that the parent process made, if it made one; open for as long as this process lives."""
+    with suppress(OSError):  # it may be another user's
+        for path in Path(f"/proc/{os.getppid()}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if str(path.readlink()) == f"/memfd:{_turns(service)} (deleted)":
+                    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    return None
+
+
+def _locks(file: int, kind: int) -> bool:
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError:  # others have it
+        return False
+    return True
+
+
 def respawn_at_once() -> None:
     """In the process that starts the workers: has one that ended replaced when it ends.
-
-    The new one listens when its model is loaded, and not before: workers share a socket, and the others can answer.
 
     BentoML's supervisor, circus, looks at its workers every 10 seconds; a child that ends makes it look now. In a container it
     would not replace them at all, and ends with the last one: there it replaces them where there are several.
@@ -75,7 +147,6 @@ async def _look(arbiter: Any) -> None:
 
     for watcher in arbiter.watchers:
         watcher.respawn = watcher.respawn or watcher.numprocesses > 1
-        watcher.env[REPLACES_VARIABLE] = "1"
     try:
         await arbiter.manage_watchers()
     except ConflictError:  # it is at something else, such as starting the others
