@@ -161,19 +161,18 @@ def load_predictor(
             print(found.to_json())
     """
     saved = open_model(bento_model, trust_remote_code=trust_remote_code, trusted=trusted)
+    return load_both(saved, device_id, precision, batch=batch, max_batch_pixels=max_batch_pixels, limits=limits)[1]
+
+
+def load_both(saved: SavedModel, device_id: str, precision: Precision, **options: Any) -> tuple[nn.Module, Predictor]:
+    """A model as Detectron2 runs it, and its predictor with these options; as `load_predictor`."""
     from bentoml_detectron import engines
     from bentoml_detectron.model import load, module_of
     from bentoml_detectron.predictor import Predictor
 
     engines.check(precision)
-    return Predictor(
-        engines.accelerated(module_of(load(saved, device_id)), precision),
-        saved.input,
-        saved.dataset,
-        batch=batch,
-        max_batch_pixels=max_batch_pixels,
-        limits=limits,
-    )
+    module = module_of(load(saved, device_id))
+    return module, Predictor(engines.accelerated(module, precision), saved.input, saved.dataset, **options)
 
 
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:

@@ -100,7 +100,7 @@ def test_all_parts_of_a_mask_rcnn_are_replaced(precision):
     for place in ("backbone", "proposal_generator.rpn_head", "roi_heads.box_head"):
         assert not list(fast.get_submodule(place).parameters()), place
     assert isinstance(fast.roi_heads.box_pooler, Pooler)
-    assert isinstance(fast.proposal_generator.predict_proposals, proposals.PredictProposals)
+    assert isinstance(fast.proposal_generator, proposals.ChoosingFirst)
 
 
 def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predictor):
@@ -192,7 +192,8 @@ class TestProposals:
         logits[0][0, 7], deltas[1][1, 3] = float("inf"), float("nan")
         sizes = [(100, 120), (64, 90)]
         due = rpn.predict_proposals(anchors, logits, deltas, sizes)
-        for one, other in zip(proposals.PredictProposals(rpn)(anchors, logits, deltas, sizes), due, strict=True):
+        found = proposals.choosing_first(rpn).predict_proposals(anchors, logits, deltas, sizes)
+        for one, other in zip(found, due, strict=True):
             assert_same(one, other)
 
     def test_of_an_rpn_that_chooses_in_its_own_way_stay(self):

@@ -6,7 +6,7 @@ import bentoml
 import pytest
 import torch
 
-from bentoml_detectron import demo, engines
+from bentoml_detectron import demo, engines, model
 from bentoml_detectron.engines import eager, has_bf16
 from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError
 from bentoml_detectron.predictor import Predictor
@@ -49,11 +49,11 @@ def test_model_that_finds_something_else_is_refused(precision, saved, monkeypatc
     def changed(*given):
         module = load(*given)
         with torch.no_grad():
-            loading.module_of(module).roi_heads.box_predictor.bbox_pred.bias.add_(1.0)
+            model.module_of(module).roi_heads.box_predictor.bbox_pred.bias.add_(1.0)
         return module
 
-    load = loading.load
-    monkeypatch.setattr(loading, "load", changed)
+    load = model.load
+    monkeypatch.setattr(model, "load", changed)
     with pytest.raises(InvalidModelError, match="fails its self-test: only"):
         loading.load_tested(saved, Settings(precision=precision))
 

@@ -85,9 +85,8 @@ def accelerated(model: nn.Module, precision: Precision) -> nn.Module:
     for name, module in model.named_modules():
         if Pooler.takes(module):
             view = with_module(view, name, Pooler)
-    generator = getattr(model, "proposal_generator", None)
-    if proposals.takes(generator):
-        view = replaced(view, {Part("proposal_generator", "predict_proposals"): proposals.PredictProposals(generator)})
+    if proposals.takes(getattr(model, "proposal_generator", None)):
+        view = with_module(view, "proposal_generator", proposals.choosing_first)
     return view
 
 

@@ -7,7 +7,6 @@ take a thousand. Here the best are taken first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from detectron2.layers import batched_nms
@@ -27,16 +26,24 @@ def takes(generator: nn.Module | None) -> bool:
     )
 
 
-class PredictProposals:
-    """Stands where ``RPN.predict_proposals`` was; proposals are the same, but for the order of equal scores."""
+def choosing_first(generator: nn.Module) -> nn.Module:
+    """A view of an RPN that this module `takes`; proposals are the same, but for the order of equal scores."""
+    kind: type[nn.Module] = type(generator.__class__.__name__, (ChoosingFirst, generator.__class__), {})
+    view = kind.__new__(kind)
+    view.__dict__ = dict(generator.__dict__)
+    return view
 
-    def __init__(self, rpn: Any) -> None:
-        self._decode = rpn.box2box_transform.apply_deltas
-        self._threshold = rpn.nms_thresh
-        self._before, self._after = rpn.pre_nms_topk[False], rpn.post_nms_topk[False]
-        self._least = rpn.min_box_size
 
-    def __call__(
+class ChoosingFirst:
+    """Stands before an RPN's class; the limits are the RPN's at each call, so that a view of it may have others."""
+
+    box2box_transform: Box2BoxTransform
+    pre_nms_topk: dict[bool, int]
+    post_nms_topk: dict[bool, int]
+    nms_thresh: float
+    min_box_size: float
+
+    def predict_proposals(
         self,
         anchors: Sequence[Boxes],
         logits: Sequence[torch.Tensor],
@@ -51,27 +58,27 @@ class PredictProposals:
             deltas: A level's, (B, A, 4).
             image_sizes: Height and width of each of the B images.
         """
-        best = [each.topk(min(self._before, each.shape[1]), dim=1) for each in logits]
+        best = [each.topk(min(self.pre_nms_topk[False], each.shape[1]), dim=1) for each in logits]
         levels = torch.cat([torch.full_like(each.indices[0], level) for level, each in enumerate(best)])
         found = []
         for image, size in enumerate(image_sizes):
             chosen = [each.indices[image] for each in best]
-            boxes = self._decode(
+            boxes = self.box2box_transform.apply_deltas(
                 torch.cat([each[image, index] for each, index in zip(deltas, chosen, strict=True)]),
                 torch.cat([each.tensor[index] for each, index in zip(anchors, chosen, strict=True)]),
             )
             scores = torch.cat([each.values[image] for each in best])
-            found.append(self._proposals(Boxes(boxes), scores, levels, size))
+            found.append(self._best(Boxes(boxes), scores, levels, size))
         return found
 
-    def _proposals(self, boxes: Boxes, scores: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> Instances:
+    def _best(self, boxes: Boxes, scores: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> Instances:
         """One image's, the best first."""
         finite = torch.isfinite(boxes.tensor).all(dim=1) & torch.isfinite(scores)
         if not bool(finite.all()):
             boxes, scores, levels = boxes[finite], scores[finite], levels[finite]
         boxes.clip(size)
-        keep = boxes.nonempty(threshold=self._least)
+        keep = boxes.nonempty(threshold=self.min_box_size)
         if not bool(keep.all()):
             boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
-        kept = batched_nms(boxes.tensor, scores, levels, self._threshold)[: self._after]
+        kept = batched_nms(boxes.tensor, scores, levels, self.nms_thresh)[: self.post_nms_topk[False]]
         return Instances(size, proposal_boxes=boxes[kept], objectness_logits=scores[kept])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from pathlib import Path
@@ -12,17 +11,14 @@ import bentoml
 import torch
 from torch import nn
 
-from bentoml_detectron import engines, selftest
+from bentoml_detectron import selftest
 from bentoml_detectron.artifact import manifest
-from bentoml_detectron.engines.parts import with_module
 from bentoml_detectron.errors import InvalidModelError
 from bentoml_detectron.images import Limits
-from bentoml_detectron.model import load, module_of
 from bentoml_detectron.predictor import Predictor
-from bentoml_detectron.store import open_model
+from bentoml_detectron.store import load_both, open_model
 
 if TYPE_CHECKING:
-    from bentoml_detectron.artifact.folder import SavedModel
     from bentoml_detectron.service.front import Settings
 
 logger = logging.getLogger("bentoml.detectron")
@@ -36,13 +32,13 @@ def load_tested(model: bentoml.Model, settings: Settings) -> Predictor:
         InvalidModelError: The model finds something else.
         DetectronError: And what `load_predictor` raises.
     """
-    engines.check(settings.precision)
     saved = open_model(model, trust_remote_code=settings.trust_remote_code, trusted=settings.trusted)
-    module = module_of(load(saved, settings.device_id))
-    served = engines.accelerated(module, settings.precision)
-    _self_test(model, saved, module, served if settings.precision == "fp32" else None)
     limits = Limits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_body_bytes)
-    return Predictor(served, saved.input, saved.dataset, limits=limits)
+    module, predictor = load_both(saved, settings.device_id, settings.precision, limits=limits)
+    problems = _self_test(model, module, predictor, is_same=settings.precision == "fp32")
+    if problems:
+        raise InvalidModelError(f"{model.tag} fails its self-test: {'; '.join(problems)}", value=problems)
+    return predictor
 
 
 def share_cores(workers: int | str) -> None:
@@ -68,44 +64,31 @@ def warm_up(predictor: Predictor) -> None:
         logger.warning("the model does not run on a first image", exc_info=True)
 
 
-def _self_test(model: bentoml.Model, saved: SavedModel, module: nn.Module, served: nn.Module | None) -> None:
+def _self_test(model: bentoml.Model, module: nn.Module, predictor: Predictor, *, is_same: bool) -> list[str]:
     """Compares what a model finds with what it found when it was saved, where that was recorded.
 
     Args:
         model: Where it was.
-        saved: Its input and dataset.
         module: As Detectron2 runs it.
-        served: The same made faster, if it is to find the same.
+        predictor: As it is served.
+        is_same: Whether the predictor is to find the same, too.
 
-    Raises:
-        InvalidModelError: It finds something else.
+    Returns:
+        Where it finds something else, a line each.
     """
     path = Path(model.path)
     if not (path / manifest.MANIFEST).is_file():  # BentoML's own adapter saved it
-        return
+        return []
     due = manifest.read(path).self_test
     if due is None:
         logger.warning("%s has no self-test; it is served as it is", model.tag)
-        return
-    _, problems = selftest.check(due, module, saved.input, saved.dataset)
-    if not problems and served is not None and due.detections is not None:
-        # Its modules, and so their settings and features, are others.
-        plain = _with_plain_proposals(served)
-        got = selftest.record(plain, saved.input, saved.dataset)
-        found = due.model_copy(update={"detections": got.detections})
-        again = lambda change: selftest.run(plain, saved.input, None, change)  # noqa: E731
+        return []
+    _, problems = selftest.check(due, module, predictor.input, predictor.dataset)
+    if not problems and is_same and due.detections is not None:
+        got = selftest.record(predictor.model, predictor.input, predictor.dataset)
+        found = due.model_copy(
+            update={"detections": got.detections}
+        )  # its modules, and so their settings and features, are others
+        again = lambda change: selftest.run(predictor.model, predictor.input, None, change)  # noqa: E731
         problems = [f"made faster, {each}" for each in selftest.compare(due, found, again=again)]
-    if problems:
-        raise InvalidModelError(f"{model.tag} fails its self-test: {'; '.join(problems)}", value=problems)
-
-
-def _with_plain_proposals(served: nn.Module) -> nn.Module:
-    """A view whose RPN chooses as Detectron2's: the engine's has read its limits, which the self-test sets."""
-
-    def plain(generator: nn.Module) -> nn.Module:
-        view = copy.copy(generator)
-        view.__dict__.pop("predict_proposals", None)
-        return view
-
-    there = isinstance(getattr(served, "proposal_generator", None), nn.Module)
-    return with_module(served, "proposal_generator", plain) if there else served
+    return problems
