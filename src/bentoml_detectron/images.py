@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import struct
 import zlib
@@ -56,6 +57,11 @@ _UPRIGHT = {
 
 _PNG_CHUNKS = frozenset([b"IHDR", b"PLTE", b"IDAT", b"eXIf", b"IEND"])
 """Chunks of a PNG that make its picture, transparency aside."""
+
+_PIECES = {"PNG": 20_000, "JPEG": 1000}
+"""Most chunks of a PNG, and segments of a JPEG before its picture; Pillow takes each in Python. Real ones have far fewer."""
+
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])")
 
 _SCANS = 100
 """Most times that a progressive JPEG of the largest size may go over its pixels; real ones do some ten times."""
@@ -232,7 +238,7 @@ def _open(content: bytes, limits: Limits, index: int) -> ImageFile:
         Exception: It is damaged; nobody knows how Pillow says so.
     """
     if content.startswith(b"\xff\xd8\xff"):
-        picture = _Jpeg(io.BytesIO(content))
+        picture = _Jpeg(io.BytesIO(_jpeg_picture(content)))
         if picture.info.get("progressive"):
             _check_scans(picture, content, limits, index)
         return picture
@@ -261,6 +267,38 @@ def _check_scans(picture: ImageFile, content: bytes, limits: Limits, index: int)
         raise DamagedImageError(f"it goes over its pixels {scans:,} times; save it again", index=index, value=scans)
 
 
+def _jpeg_picture(content: bytes) -> bytes:
+    """A JPEG without the segments before its picture that do not make it, but for its first EXIF block.
+
+    Raises:
+        ValueError: There are too many segments.
+        struct.error: One is cut short.
+    """
+    kept = [content[:2]]
+    position = 2
+    has_exif = False
+    for _ in range(_PIECES["JPEG"]):
+        # As Pillow does, what is between segments is passed over.
+        found = _JPEG_MARKER.search(content, position)
+        if found is None:
+            break
+        position, marker = found.end(), found[1][0]
+        if marker == 0xDA:
+            return b"".join([*kept, content[position - 2 :]])
+        if marker == 0x01 or 0xD0 <= marker <= 0xD9:  # a marker alone
+            continue
+        (length,) = struct.unpack_from(">H", content, position)
+        segment = content[position - 2 : position + length]
+        position += length
+        is_exif = marker == 0xE1 and segment.startswith(b"Exif\0", 4)
+        if not 0xE0 <= marker <= 0xFE or marker in (0xE0, 0xEE) or (is_exif and not has_exif):
+            kept.append(segment)
+        has_exif = has_exif or is_exif
+    else:
+        raise ValueError("too many segments")
+    return b"".join(kept)  # without a picture; it may claim a size all the same
+
+
 def _png_picture(content: bytes) -> bytes:
     """A PNG with only the chunks that make its picture; the checksums of all are checked.
 
@@ -273,7 +311,7 @@ def _png_picture(content: bytes) -> bytes:
     kept = [content[:8]]
     position = 8
     name = b""
-    while name != b"IEND":
+    for _ in range(_PIECES["PNG"]):
         length, name = struct.unpack_from(">I4s", content, position)
         end = position + 12 + length
         (checksum,) = struct.unpack_from(">I", content, end - 4)
@@ -281,8 +319,10 @@ def _png_picture(content: bytes) -> bytes:
             raise ValueError(f"wrong checksum of the chunk {name!r}")
         if name in _PNG_CHUNKS:
             kept.append(content[position:end])
+        if name == b"IEND":
+            return b"".join(kept)
         position = end
-    return b"".join(kept)
+    raise ValueError("too many chunks")
 
 
 def _seems(content: bytes) -> str:

@@ -2,6 +2,8 @@
 
 - OpenTelemetry's and the access log's decode headers as UTF-8, and fail if they are not.
 - Each path that is asked for becomes a label of BentoML's metrics, and stays one, also that of a static file that is not there.
+- A request that has both a length and chunks may end elsewhere for a proxy than for the server, which would take what is behind
+  it for another request.
 - Starlette's routes also match a path with a line end behind it, so that ``/predict%0a`` would pass by this package's
   middleware and reach BentoML's handler, which fetches URLs. The handlers are taken out.
 """
@@ -10,7 +12,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ access = logging.getLogger("bentoml.access")
 
 
 class Gate:
-    """Lets through what some route takes, with headers that can be decoded."""
+    """Lets through what some route takes, where it ends for certain, with headers that can be decoded."""
 
     def __init__(self, app: App, router: Starlette, paths: Collection[str]) -> None:
         self._app = app
@@ -40,8 +43,13 @@ class Gate:
         """Answers 404, or hands on; see ASGI's specification."""
         if scope["type"] in ("http", "websocket"):
             scope["headers"] = [(name, _utf8(value)) for name, value in scope["headers"]]
+        if scope["type"] == "http" and {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            reason = "the request has both Content-Length and Transfer-Encoding; send one of them"
+            await self._refuse(scope, send, HTTPStatus.BAD_REQUEST, reason, [(b"connection", b"close")])
+            return
         if scope["type"] == "http" and not self._is_known(scope):
-            await self._refuse(scope, send)
+            known = ", ".join(sorted(self._paths))
+            await self._refuse(scope, send, HTTPStatus.NOT_FOUND, f"there is no {scope['path']!r:.200}; there are {known}")
             return
         await self._app(scope, receive, send)
 
@@ -51,14 +59,16 @@ class Gate:
         routes = (route for route in self._router.routes if not _is_static(route))
         return scope["path"].isprintable() and any(route.matches(scope)[0] != Match.NONE for route in routes)
 
-    async def _refuse(self, scope: Scope, send: Any) -> None:
-        known = ", ".join(sorted(self._paths))
-        body = json.dumps({"error": f"there is no {scope['path']!r:.200}; there are {known}"}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 404, "headers": headers})
+    async def _refuse(
+        self, scope: Scope, send: Any, status: int, reason: str, more: Sequence[tuple[bytes, bytes]] = ()
+    ) -> None:
+        body = json.dumps({"error": reason}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
+        await send({"type": "http.response.start", "status": int(status), "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
         client = "{}:{}".format(*scope["client"]) if scope.get("client") else "_"
-        access.info("%s (scheme=%s,method=%s,path=%s) (status=404)", client, scope["scheme"], scope["method"], scope["path"])
+        told = (client, scope["scheme"], scope["method"], scope["path"], status)
+        access.info("%s (scheme=%s,method=%s,path=%s) (status=%d)", *told)
 
 
 def install(router: Any, paths: Collection[str]) -> None:
