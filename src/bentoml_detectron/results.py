@@ -216,7 +216,7 @@ class Detections:
             columns["segmentation"] = [{"size": list(mask["size"]), "counts": mask["counts"]} for mask in self.masks]
         if self.keypoints is not None:
             shifted = self.keypoints - np.array([0.5, 0.5, 0], np.float32)
-            columns["keypoints"] = shifted.reshape(len(self), -1).tolist()
+            columns["keypoints"] = shifted.reshape(len(self), 3 * shifted.shape[1]).tolist()
         return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
     def to_supervision(self) -> supervision.Detections:

@@ -22,6 +22,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
 """What an image's name ends with, in a folder; the formats that `images` decodes."""
 STDIN = "-"
+_BOM = b"\xef\xbb\xbf"
 
 Source = str | os.PathLike[str]
 
@@ -60,6 +61,7 @@ class Dataset:
     """The images of some sources, found while one iterates over them, once.
 
     Attributes:
+        columns: Of Parquet files.
         categories: Ids by name of an annotation file's categories, once it was read; None without such a file.
     """
 
@@ -77,7 +79,7 @@ class Dataset:
         self.categories: dict[str, int] | None = None
         self._given = [source] if isinstance(source, (str, os.PathLike)) else source
         self._root = image_root
-        self._columns = columns or Columns()
+        self.columns = columns or Columns()
         self._count = 0
 
     def __iter__(self) -> Iterator[Item]:
@@ -120,9 +122,9 @@ class Dataset:
     def _file(self, path: str) -> Iterator[Item]:
         start = _start(path)
         if start.startswith(parquet_source.MAGIC):
-            for row, key in enumerate(parquet_source.keys(path, self._columns.image, self._columns.key)):
+            for row, key in enumerate(parquet_source.keys(path, self.columns.image, self.columns.key)):
                 yield self._item(key, path, row)
-        elif start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        elif start.removeprefix(_BOM).lstrip().startswith(b"{"):
             yield from self._annotated(path)
         else:
             yield self._item(path, path)
@@ -145,7 +147,7 @@ def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[st
         InvalidArgumentError: (``ValueError``) It is no such file.
     """
     try:
-        content = orjson.loads(Path(path).read_bytes())
+        content = orjson.loads(Path(path).read_bytes().removeprefix(_BOM))
         images = [(each["id"], each["file_name"]) for each in content["images"]]
         categories = {each["name"]: each["id"] for each in content.get("categories", [])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
