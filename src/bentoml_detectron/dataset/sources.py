@@ -34,7 +34,7 @@ class Item:
     Attributes:
         file_name: As in `Prediction`.
         image_id: As in `Prediction`.
-        path: The image, or the Parquet file that it is in.
+        path: The image, or the Parquet file that it is in, from the root of the file system on.
         row: Its row there, from 0; None for a file of its own.
     """
 
@@ -81,6 +81,7 @@ class Dataset:
         self._root = image_root
         self.columns = columns or Columns()
         self._count = 0
+        self._here = Path.cwd()  # whoever reads an image may be elsewhere
 
     def __iter__(self) -> Iterator[Item]:
         """Goes through the images.
@@ -117,7 +118,7 @@ class Dataset:
 
     def _item(self, file_name: str, path: str, row: int | None = None) -> Item:
         self._count += 1
-        return Item(file_name, self._count, path, row)
+        return Item(file_name, self._count, os.path.join(self._here, path), row)  # noqa: PTH118 - ".." stays, and it is fast
 
     def _file(self, path: str) -> Iterator[Item]:
         start = _start(path)
@@ -133,7 +134,7 @@ class Dataset:
         if self._count:
             raise _not_alone(path)
         images, self.categories = annotated_images(path)
-        root = Path(path).parent if self._root is None else Path(self._root)
+        root = self._here / (Path(path).parent if self._root is None else self._root)
         for image_id, file_name in images:
             yield Item(file_name, image_id, str(root / file_name))
 
