@@ -86,6 +86,7 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_draw.py
 	$(BIN)/python benchmarks/bench_speed.py
 	$(BIN)/python benchmarks/bench_precision.py
+	$(BIN)/python benchmarks/bench_dataset.py
 	$(BIN)/python benchmarks/bench_overload.py
 	$(BIN)/python benchmarks/bench_evaluate.py
 	@# Apart: they bring uvloop, on which this package's service would run too.

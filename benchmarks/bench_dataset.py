@@ -1,5 +1,5 @@
 """A whole dataset: ``bentoml detectron predict`` against a plain loop over ``DefaultPredictor``, in turn, each in a process
-of its own; the share of the time that the model runs; and the peak memory for few and for many images.
+of its own; the share of the time that the model runs; the peak memory for few and for many images; and what a long list takes.
 
 The dataset is the demo's images, linked again and again. The loop reads each image with Detectron2's ``read_image`` and calls
 ``DefaultPredictor``; in its second form it also makes COCO results of the instances, as Detectron2's evaluator does, and writes
@@ -57,6 +57,29 @@ def ours(images: Path, folder: Path, outputs: list[str]) -> dict[str, float]:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "busy": report.busy, "engine": report.seconds, "peak": peak}
+
+
+def listed(count: int) -> None:
+    """Lists images whose paths come on stdin; prints what it takes above the rest."""
+    from bentoml_detectron.dataset import parts
+    from bentoml_detectron.dataset.chunks import CHUNK
+    from bentoml_detectron.dataset.sources import Dataset
+
+    with tempfile.TemporaryDirectory(prefix="bench-dataset-") as folder:
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        listing = parts.Listing(Path(folder) / "sources", Dataset("-"), CHUNK)
+        seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if listing.count != count:
+        raise SystemExit(f"{listing.count} images were listed, not {count}")
+    print(f"\nA list of {count:,} images: {seconds:.1f} s, {(peak - before) * 1024 / 1e6:.0f} MB more", flush=True)
+
+
+def list_many(count: int) -> None:
+    with subprocess.Popen([sys.executable, __file__, "--child", "list", str(count)], stdin=subprocess.PIPE) as process:
+        process.stdin.writelines(b"/data/photos/%08d/image_%08d.jpg\n" % (each // 1000, each) for each in range(count))
+        process.stdin.close()
+    if process.returncode:
+        raise SystemExit(process.returncode)
 
 
 def child(way: str, images: Path) -> None:
@@ -117,9 +140,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--few", type=int, default=100)
     parser.add_argument("--many", type=int, default=10_000)
-    parser.add_argument("--only", choices=["speed", "memory"])
+    parser.add_argument("--only", choices=["speed", "memory", "list"])
     parser.add_argument("--child", nargs=2, metavar=("WAY", "IMAGES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child and arguments.child[0] == "list":
+        listed(int(arguments.child[1]))
+        return
     if arguments.child:
         child(arguments.child[0], Path(arguments.child[1]))
         return
@@ -129,9 +155,11 @@ def main() -> None:
             [sys.executable, "-W", "ignore", "-c", save], env={**os.environ, "BENTOML_HOME": home}, check=True, timeout=300
         )
         folder = Path(home)
-        if arguments.only != "memory":
+        if arguments.only in (None, "list"):
+            list_many(1_000_000)
+        if arguments.only in (None, "speed"):
             compare(dataset(folder / "images", arguments.images), arguments.images, arguments.rounds, home)
-        if arguments.only != "speed":
+        if arguments.only in (None, "memory"):
             for count in {arguments.few, arguments.many}:
                 dataset(folder / str(count), count)
             memory(folder, arguments.few, arguments.many, home)

@@ -35,6 +35,7 @@ _SECONDS = 10.0  # between lines
 @click.option("--image-root", metavar="FOLDER", help="Where an annotation file's names start from; its own folder by default.")
 @click.option("--image-column", metavar="NAME", help="The images' column in Parquet.")
 @click.option("--key-column", metavar="NAME", help="The names' column in Parquet.")
+@click.option("--chunk", default=100, show_default=True, type=click.IntRange(1), help="Images that a killed run may do again.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
 @click.option(
     "--precision",
@@ -59,6 +60,7 @@ def command(
     image_root: str | None,
     image_column: str | None,
     key_column: str | None,
+    chunk: int,
     device: str,
     precision: Precision,
     score_threshold: float | None,
@@ -96,6 +98,7 @@ def command(
             image_root=image_root,
             image_column=image_column,
             key_column=key_column,
+            chunk=chunk,
             progress=progress,
         )
     if not report.images:

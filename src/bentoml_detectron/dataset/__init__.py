@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from bentoml_detectron.dataset.chunks import CHUNK, check_chunk
 from bentoml_detectron.dataset.prediction import Failure, Prediction
 from bentoml_detectron.dataset.runs import Progress, Report, write
 from bentoml_detectron.errors import DetectronError, InvalidArgumentError
@@ -42,6 +43,7 @@ def predict(
     image_root: str | os.PathLike[str] | None = None,
     image_column: str | None = None,
     key_column: str | None = None,
+    chunk: int = CHUNK,
     on_error: OnError | None = None,
 ) -> Iterator[Prediction]:
     """Runs a model over a dataset: images are decoded in other threads, and results come lazily and in order.
@@ -61,6 +63,7 @@ def predict(
         image_root: What an annotation file's ``file_name`` starts from; the folder of that file unless given.
         image_column: With the images in Parquet: "image", or the only one of bytes, unless given.
         key_column: With their names: "file_name", "path", "key" or "id", the first that is there, unless given.
+        chunk: Images of which batches are formed; results do not depend, to the last bit, on those of other chunks.
         on_error: Is called, in order, with each image that cannot be used, which is then left out. None: its error is raised.
 
     Returns:
@@ -91,22 +94,22 @@ def predict(
         predictor = bento_model
     wanted = predictor.options(score_threshold=score_threshold, classes=classes, top_k=top_k)
     dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column))
-    return _predictions(predictor, dataset, wanted, image_column, on_error)
+    return _predictions(predictor, dataset, wanted, check_chunk(chunk), on_error)
 
 
 def _predictions(
-    predictor: Predictor, dataset: Dataset, wanted: Options, image_column: str | None, on_error: OnError | None
+    predictor: Predictor, dataset: Dataset, wanted: Options, chunk: int, on_error: OnError | None
 ) -> Iterator[Prediction]:
     from bentoml_detectron.dataset import local
-    from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock
+    from bentoml_detectron.dataset.chunks import Chunk, Clock
 
     every = iter(dataset)
-    some = iter(lambda: list(islice(every, CHUNK)), [])
-    chunks = (Chunk(number, number * CHUNK + 1, items) for number, items in enumerate(some))
+    some = iter(lambda: list(islice(every, chunk)), [])
+    chunks = (Chunk(number, number * chunk + 1, items) for number, items in enumerate(some))
     pool = local.workers()
     try:
         for each in local.outcomes(
-            predictor, chunks, wanted, pool, Clock(), budget=predictor.budget(), image_column=image_column
+            predictor, chunks, wanted, pool, Clock(), budget=predictor.budget(), image_column=dataset.columns.image
         ):
             if not isinstance(each.result, DetectronError):
                 yield Prediction(each.item.file_name, each.item.image_id, each.result)

@@ -7,11 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bentoml_detectron.dataset.sources import Item
-from bentoml_detectron.errors import DetectronError
+from bentoml_detectron.errors import DetectronError, InvalidArgumentError
 from bentoml_detectron.results import Detections
 
 CHUNK = 100
-"""Images of which batches are formed, and which a run that is killed may do again."""
+"""Images of a chunk, unless a caller says otherwise."""
+
+
+def check_chunk(size: int) -> int:
+    """The same.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) No chunk is so small.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InvalidArgumentError(f"chunk is {size!r}; give 1 or more images", value=size)
+    return size
 
 
 @dataclass(frozen=True, slots=True)

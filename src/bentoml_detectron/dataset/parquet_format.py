@@ -97,7 +97,7 @@ class DetectionRows(_Rows):
             "class_name": found.class_names,
             "category_id": [None] * count if found.category_ids is None else found.category_ids.tolist(),
             "mask": [None] * count if found.masks is None else [mask["counts"] for mask in found.masks],
-            "keypoints": [None] * count if found.keypoints is None else found.keypoints.reshape(count, -1),
+            "keypoints": [None] * count if found.keypoints is None else [each.ravel() for each in found.keypoints],
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -125,7 +125,7 @@ class ImageRows(_Rows):
         ]
 
     def _rows(self, found: Detections) -> list[dict[str, Any]]:
-        keypoints = None if found.keypoints is None else list(found.keypoints.reshape(len(found), -1))
+        keypoints = None if found.keypoints is None else [each.ravel() for each in found.keypoints]
         panoptic = found.panoptic
         return [
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import orjson
@@ -61,7 +62,7 @@ class Failure:
     @property
     def reason(self) -> str:
         """The error's message, without the place in a call that nobody made."""
-        return str(self.error).removeprefix(f"image {getattr(self.error, 'index', None)}: ")
+        return re.sub(r"^image \d+: ", "", str(self.error))
 
     def to_json(self) -> str:
         """As one JSON object, a line: "file_name", "image_id" and "reason"."""

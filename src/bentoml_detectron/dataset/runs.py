@@ -15,7 +15,7 @@ import orjson
 from bentoml_detectron import __version__
 from bentoml_detectron.artifact.files import sync_folder
 from bentoml_detectron.dataset import formats, parts
-from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock
+from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock, check_chunk
 from bentoml_detectron.dataset.parts import CHUNKS, FINISHED, PLAN, RESULT, SOURCES, Listing
 from bentoml_detectron.dataset.sources import Columns, Dataset, Source
 from bentoml_detectron.dataset.work import Work, run
@@ -81,6 +81,7 @@ def write(
     image_root: Source | None = None,
     image_column: str | None = None,
     key_column: str | None = None,
+    chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> Report:
     """Runs a model over a dataset and writes what it finds; what ``bentoml detectron predict`` does.
@@ -103,6 +104,7 @@ def write(
         image_root: As in `predict`, and so are the next two.
         image_column:
         key_column:
+        chunk: Images of which batches are formed, and which a run that is killed may do again.
         progress: Is told how far the run is.
 
     Returns:
@@ -125,7 +127,7 @@ def write(
     work.writers()  # what they need is installed
     dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column))
     with parts.held([path for path, _ in named]) as folders:
-        return _Run(work, [path for path, _ in named], folders, progress or Progress()).do(dataset, resume)
+        return _Run(work, [path for path, _ in named], folders, progress or Progress()).do(dataset, check_chunk(chunk), resume)
 
 
 def _several(outputs: Source | Sequence[Source]) -> Sequence[Source]:
@@ -143,11 +145,11 @@ class _Run:
         self._work = replace(work, folder=str(self._main / CHUNKS))
         self._outputs, self._folders, self._progress = outputs, folders, progress
 
-    def do(self, dataset: Dataset, resume: bool) -> Report:
+    def do(self, dataset: Dataset, chunk: int, resume: bool) -> Report:
         before, report = self._before(resume)
         if before is None and all(map(os.path.lexists, self._outputs)):
             return Report(0, 0, 0, 0.0, 0.0)  # an earlier run has ended
-        listing = Listing(self._main / SOURCES, dataset, CHUNK)
+        listing = Listing(self._main / SOURCES, dataset, chunk)
         if not listing.count:
             raise InvalidArgumentError("there are no images in the sources", value=None)
         plan = self._plan(listing, dataset.categories)

@@ -22,6 +22,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
 """What an image's name ends with, in a folder; the formats that `images` decodes."""
 STDIN = "-"
+_BOM = b"\xef\xbb\xbf"
 
 Source = str | os.PathLike[str]
 
@@ -33,7 +34,7 @@ class Item:
     Attributes:
         file_name: As in `Prediction`.
         image_id: As in `Prediction`.
-        path: The image, or the Parquet file that it is in.
+        path: The image, or the Parquet file that it is in, from the root of the file system on.
         row: Its row there, from 0; None for a file of its own.
     """
 
@@ -60,6 +61,7 @@ class Dataset:
     """The images of some sources, found while one iterates over them, once.
 
     Attributes:
+        columns: Of Parquet files.
         categories: Ids by name of an annotation file's categories, once it was read; None without such a file.
     """
 
@@ -77,8 +79,9 @@ class Dataset:
         self.categories: dict[str, int] | None = None
         self._given = [source] if isinstance(source, (str, os.PathLike)) else source
         self._root = image_root
-        self._columns = columns or Columns()
+        self.columns = columns or Columns()
         self._count = 0
+        self._here = Path.cwd()  # whoever reads an image may be elsewhere
 
     def __iter__(self) -> Iterator[Item]:
         """Goes through the images.
@@ -115,14 +118,14 @@ class Dataset:
 
     def _item(self, file_name: str, path: str, row: int | None = None) -> Item:
         self._count += 1
-        return Item(file_name, self._count, path, row)
+        return Item(file_name, self._count, os.path.join(self._here, path), row)  # noqa: PTH118 - ".." stays, and it is fast
 
     def _file(self, path: str) -> Iterator[Item]:
         start = _start(path)
         if start.startswith(parquet_source.MAGIC):
-            for row, key in enumerate(parquet_source.keys(path, self._columns.image, self._columns.key)):
+            for row, key in enumerate(parquet_source.keys(path, self.columns.image, self.columns.key)):
                 yield self._item(key, path, row)
-        elif start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
+        elif start.removeprefix(_BOM).lstrip().startswith(b"{"):
             yield from self._annotated(path)
         else:
             yield self._item(path, path)
@@ -131,7 +134,7 @@ class Dataset:
         if self._count:
             raise _not_alone(path)
         images, self.categories = annotated_images(path)
-        root = Path(path).parent if self._root is None else Path(self._root)
+        root = self._here / (Path(path).parent if self._root is None else self._root)
         for image_id, file_name in images:
             yield Item(file_name, image_id, str(root / file_name))
 
@@ -145,7 +148,7 @@ def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[st
         InvalidArgumentError: (``ValueError``) It is no such file.
     """
     try:
-        content = orjson.loads(Path(path).read_bytes())
+        content = orjson.loads(Path(path).read_bytes().removeprefix(_BOM))
         images = [(each["id"], each["file_name"]) for each in content["images"]]
         categories = {each["name"]: each["id"] for each in content.get("categories", [])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:

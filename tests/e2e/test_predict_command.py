@@ -1,0 +1,141 @@
+"""``bentoml detectron predict``, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+
+from bentoml_detectron import Prediction, demo
+from servers import BENTOML, environment
+from support import tree
+
+pytestmark = pytest.mark.slow
+IMAGES = demo.images()
+COMMAND = [str(BENTOML), "detectron", "predict", "digits"]
+
+
+def settings(home: Path) -> dict[str, str]:
+    return environment(home, PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")
+
+
+def predicted(home: Path, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], env=settings(home), input=stdin, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_it_writes_several_formats_with_its_options_and_reports_what_it_cannot_use(digits_home, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    outputs = ["-o", tmp_path / "a.jsonl", "-o", tmp_path / "b.parquet", "-o", f"{tmp_path}/pictures/"]
+    options = ["--score-threshold", "0.6", "--classes", "4,7", "--top-k", "1", "--parquet-rows", "image"]
+    source = [IMAGES[0].parent / "digits_0[0-2].jpg", tmp_path / "bad.jpg"]
+    result = predicted(digits_home, *source, *outputs, *options)
+    assert result.returncode == 3, result.stderr
+    assert result.stderr.splitlines() == [
+        "4 images",
+        f"{tmp_path / 'bad.jpg'}: it is text; JPEG, PNG, WebP and BMP are taken",
+        "1 of them could not be used",
+    ]
+    assert "4 images, 4 of them now" in result.stdout
+    found = [Prediction.from_json(line) for line in (tmp_path / "a.jsonl").read_bytes().splitlines()]
+    assert [each.file_name for each in found] == list(map(str, IMAGES[:3]))
+    assert {name for each in found for name in each.detections.class_names} <= {"4", "7"}
+    assert all(len(each.detections) <= 1 for each in found)
+    assert len(list((tmp_path / "pictures").iterdir())) == 3
+    waived = predicted(
+        digits_home, *source, "-o", tmp_path / "again.jsonl", "--errors", tmp_path / "bad.jsonl", "--allow-errors", *options
+    )
+    assert waived.returncode == 0
+    assert waived.stderr.splitlines() == ["4 images", f"1 of them could not be used; see {tmp_path / 'bad.jsonl'}"]
+    assert orjson.loads((tmp_path / "bad.jsonl").read_bytes())["file_name"] == str(tmp_path / "bad.jpg")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_list_on_stdin_and_a_second_run_meanwhile(digits_home, tmp_path):
+    output = tmp_path / "found.json"
+    with subprocess.Popen([*COMMAND, "-", "-o", str(output)], env=settings(digits_home), stdin=subprocess.PIPE) as first:
+        while not (tmp_path / "found.json.parts" / "lock").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = predicted(digits_home, IMAGES[0], "--output", output)
+        assert (second.returncode, second.stderr.count("\n")) == (1, 1)
+        assert second.stderr.startswith(f"Error: another run writes '{output}'")
+        first.communicate("\n".join(map(str, IMAGES[:2])).encode(), timeout=300)
+    assert first.returncode == 0
+    assert {row["image_id"] for row in orjson.loads(output.read_bytes())} == {1, 2}
+    again = predicted(digits_home, IMAGES[0], "--output", output)
+    assert (again.returncode, again.stderr) == (1, f"Error: {output}: there already; remove it, or give another name\n")
+
+
+def test_annotation_file_gives_ids_of_its_own(digits_home, tmp_path):
+    truth = demo.ground_truth()
+    truth["images"] = [{**image, "id": 70 + image["id"]} for image in truth["images"][:2]]
+    (tmp_path / "truth.json").write_text(json.dumps({**truth, "annotations": []}))
+    result = predicted(
+        digits_home, tmp_path / "truth.json", "--image-root", IMAGES[0].parent, "--output", tmp_path / "found.json"
+    )
+    assert result.returncode == 0, result.stderr
+    rows = orjson.loads((tmp_path / "found.json").read_bytes())
+    assert {row["image_id"] for row in rows} == {71, 72}
+    assert {row["category_id"] for row in rows} <= set(range(1, 11))  # the model's own ids are 0 to 9
+
+
+def test_run_that_is_killed_at_any_time_goes_on_with_resume(digits_home, tmp_path):
+    arguments = [IMAGES[0].parent, "--chunk", 2, "--resume"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    start = time.monotonic()
+    assert predicted(digits_home, *arguments, "-o", whole / "a.json", "-o", whole / "b.jsonl").returncode == 0
+    seconds = time.monotonic() - start
+    command = [*COMMAND, *map(str, [*arguments, "-o", killed / "a.json", "-o", killed / "b.jsonl"])]
+    numbers = random.Random(3)
+    ended = 0
+    for _ in range(3):
+        process = subprocess.Popen(command, env=settings(digits_home), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(seconds * numbers.uniform(0.5, 0.95))
+        process.send_signal(signal.SIGKILL)
+        ended += process.wait(60) == -signal.SIGKILL
+    assert ended
+    assert predicted(digits_home, *arguments, "-o", killed / "a.json", "-o", killed / "b.jsonl").returncode == 0
+    assert tree(killed) == tree(whole)
+
+
+def test_terminal_shows_a_bar_with_rate_and_estimate(digits_home, tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, str(IMAGES[0].parent), "-o", str(tmp_path / "found.json")],
+        env={**settings(digits_home), "TERM": "xterm", "COLUMNS": "120"},
+        stderr=theirs,
+        stdout=subprocess.DEVNULL,
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the terminal has no other end any more
+            break
+    os.close(ours)
+    assert process.wait(300) == 0
+    text = shown.decode()
+    assert "20/20" in text
+    assert "/s" in text
+    assert "━" in text
+    assert "0:00:00" in text  # what is left, at the end
+
+
+def test_url_is_refused_in_one_line(digits_home, tmp_path):
+    result = predicted(digits_home, "https://example.com/a.jpg", "--output", tmp_path / "found.json")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("Error: nothing is fetched")
+    assert list(tmp_path.iterdir()) == []
