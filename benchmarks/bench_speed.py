@@ -1,9 +1,9 @@
 """Each precision against ``DefaultPredictor``: a BGR image in, `Detections` with RLE out, or its ``Instances``.
 
 Each way has a process of its own, which the parent lets run in turn; so no way has another's settings or memory. Ratios are
-pair by pair, their median is printed. Of int8 the ranges are those of three pictures. The share of the peak is that of the
-machine's products of large matrices in the same type: what the model's convolutions and products would take at that rate, of what
-the whole way takes.
+pair by pair, their median is printed. Of int8 the ranges are those of three pictures. The share of the peak: the time that the
+model's convolutions and products would take at the rate of this machine's products of large matrices of the same type, as a share
+of the time that the whole takes.
 
 Usage::
 
@@ -222,8 +222,8 @@ def compare(
         ratios = [row[0]["seconds"] / row[place]["seconds"] for row in rows]
         print(
             f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.0f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f}-{max(ratios):.2f}) | {share} | {rows[-1][place]['peak'] / 1e6:.0f} | {worker.loading['load']:.1f} "
-            f"| {worker.loading['first']:.2f} |",
+            f"({min(ratios):.2f}-{max(ratios):.2f}) | {share} | {rows[-1][place]['peak'] / 1e6:.0f} "
+            f"| {worker.loading['load']:.1f} | {worker.loading['first']:.2f} |",
             flush=True,
         )
 
@@ -244,8 +244,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         known = pool.apply(types)
         peaks = {each: pool.apply(gemm_peak, (each,)) for each in known}
-    print(f"{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; peak of matrix products, billions of operations "
-          f"a second: {', '.join(f'{name} {peak:.0f}' for name, peak in peaks.items())}")  # fmt: skip
+    print(f"{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; peak of products of matrices, 1e9 operations a "
+          f"second: {', '.join(f'{name} {peak:.0f}' for name, peak in peaks.items())}")  # fmt: skip
     print("| model | image | batch | way | ms an image | times as fast, pair by pair | of the peak | peak MB | load, s "
           "| first call, s |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
