@@ -1,9 +1,9 @@
 """Each precision against ``DefaultPredictor``: a BGR image in, `Detections` with RLE out, or its ``Instances``.
 
 Each way has a process of its own, which the parent lets run in turn; so no way has another's settings or memory. Ratios are
-pair by pair, their median is printed. Of int8 the ranges are those of three pictures. The share of the peak: the time that the
-model's convolutions and products would take at the rate of this machine's products of large matrices of the same type, as a share
-of the time that the whole takes.
+pair by pair, their median is printed. Of int8 the ranges are those of three pictures. The share of the peak: the time that
+the model's convolutions and products would take at the rate of this machine's products of large matrices of the same type, as
+a share of the time that the whole takes.
 
 Usage::
 
