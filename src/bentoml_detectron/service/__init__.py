@@ -22,7 +22,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.service import logs
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
-from bentoml_detectron.service.life import REPLACES_VARIABLE, drain_on_sigterm, respawn_at_once
+from bentoml_detectron.service.life import REPLACES_VARIABLE, drain_on_sigterm, give_back_at_rest, respawn_at_once
 from bentoml_detectron.service.metrics import Metrics
 from bentoml_detectron.service.openapi import document
 
@@ -129,11 +129,16 @@ def get_service(
 
         @bentoml.on_startup  # type: ignore[untyped-decorator]
         async def start(self) -> None:
-            if REPLACES_VARIABLE in os.environ and worker.engine is not None:
+            if worker.engine is None:
+                return
+            worker.rest = asyncio.create_task(give_back_at_rest(worker.engine))
+            if REPLACES_VARIABLE in os.environ:
                 await worker.engine.loaded()
 
         @bentoml.on_shutdown  # type: ignore[untyped-decorator]
         async def stop(self) -> None:
+            if worker.rest is not None:
+                worker.rest.cancel()
             if worker.engine is not None:
                 worker.engine.close()
                 await asyncio.to_thread(worker.engine.join, 10.0)

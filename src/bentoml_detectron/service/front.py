@@ -87,6 +87,7 @@ class Worker:
     openapi: Callable[[], dict[str, Any]] = dict
     engine: Engine | None = None
     metrics: Metrics | None = None
+    rest: asyncio.Task[None] | None = None
     draining: bool = False
 
     def drain(self) -> None:

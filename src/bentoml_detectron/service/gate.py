@@ -14,11 +14,11 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMa
 from pathlib import Path
 from typing import Any
 
-from bentoml._internal.configuration.containers import BentoMLContainer
-from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
+
+from bentoml_detectron.service import middlewares
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -71,23 +71,9 @@ def install(router: Any, paths: Collection[str]) -> None:
         paths: Those that this package's middleware answers.
     """
     if isinstance(router, Starlette) and router.middleware_stack is not None:
-        spare_spans(router)
+        middlewares.make_lean(router.middleware_stack)
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
         router.middleware_stack = Gate(router.middleware_stack, router, paths)
-
-
-def spare_spans(router: Any) -> None:
-    """Has OpenTelemetry make one span a request and none for each of its messages, where nothing takes spans anyway.
-
-    BentoML records spans also where it exports none, for the log's ids, which are those of the request's own span.
-    """
-    if BentoMLContainer.tracing.exporter_type.get() is not None:
-        return
-    app = getattr(router, "middleware_stack", None)
-    while app is not None:
-        if isinstance(app, OpenTelemetryMiddleware):
-            app.exclude_receive_span = app.exclude_send_span = True
-        app = getattr(app, "app", None)
 
 
 def _is_static(route: BaseRoute) -> bool:
