@@ -181,7 +181,10 @@ class Engine:
             self._entered -= 1
             self._pixels -= pixels
         if isinstance(result, Exception):
-            raise result
+            try:
+                raise result
+            finally:  # or it holds this frame, which holds it and the image
+                del result, job
         return result
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
