@@ -1,4 +1,4 @@
-"""What a worker spends on one request beside the model: CPU time, from the multipart form to the bytes of the JSON.
+"""What a worker spends on one request beside the model, from the multipart form to the bytes of the JSON, and what it keeps.
 
 The service is the one of ``canned.py``, whose model gives the same `Detections` for each image at once. The client is wrk, on
 127.0.0.1; each row is the median of some rounds. The image is a photograph of 640x480 as JPEG. What the worker spends contains
@@ -52,16 +52,14 @@ def spent(server: serving.Server) -> float:
     return sum(sum(each.cpu_times()[:2]) for each in workers)
 
 
-def milliseconds(server: serving.Server, url: str, script: Path, seconds: float, connections: int) -> float:
-    """CPU time of a server's workers for one request."""
-    before = spent(server)
-    answers = wrk.load(url, script, seconds, connections).answers
-    return (spent(server) - before) / answers * 1e3
+def megabytes(server: serving.Server) -> float:
+    """Resident memory of a server's workers."""
+    return sum(each.memory_info().rss for each in psutil.Process(server.process.pid).children(recursive=True)) / 1e6
 
 
 def report(folder: Path, image: bytes, rounds: int, seconds: float) -> None:
-    print("CPU of the worker for one request, milliseconds\n| found | connections | median | least | largest |")
-    print("|---|---|---|---|---|")
+    print("CPU of the worker for one request, milliseconds; and what its memory grew by meanwhile")
+    print("| found | connections | median | least | largest | requests | MB more |\n|---|---|---|---|---|---|---|")
     script = wrk.write_script(folder, [image])
     for count in FOUND:
         given = {**serving.environment(home.name), "CANNED": str(count)}
@@ -69,8 +67,20 @@ def report(folder: Path, image: bytes, rounds: int, seconds: float) -> None:
             url = f"{server.wait()}/predict"
             wrk.load(url, script, 2)
             for connections in (1, wrk.CONNECTIONS):
-                found = [milliseconds(server, url, script, seconds, connections) for _ in range(rounds)]
-                print(f"| {count} | {connections} | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} |")
+                measure(server, url, script, count, connections, rounds, seconds)
+
+
+def measure(server: serving.Server, url: str, script: Path, count: int, connections: int, rounds: int, seconds: float) -> None:
+    found, requests, before = [], 0, megabytes(server)
+    for _ in range(rounds):
+        start = spent(server)
+        answers = wrk.load(url, script, seconds, connections).answers
+        found.append((spent(server) - start) / answers * 1e3)
+        requests += answers
+    row = (
+        f"{statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} | {requests} | {megabytes(server) - before:+.1f}"
+    )
+    print(f"| {count} | {connections} | {row} |", flush=True)
 
 
 def report_parts(image: bytes) -> None:

@@ -93,7 +93,7 @@ def memory_at_rest(server: Server) -> float:
 
 
 def growth(server: Server) -> float:
-    """Megabytes that the worker has more at rest after the measured requests than after the warming ones; prints those between."""
+    """Megabytes that the worker has more at rest after the measured requests than before them; prints those between, too."""
     statuses: Counter[int] = Counter()
     with httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
 
