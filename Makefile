@@ -89,6 +89,7 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_dataset.py
 	$(BIN)/python benchmarks/bench_overload.py
 	$(BIN)/python benchmarks/bench_evaluate.py
+	$(BIN)/python benchmarks/bench_service_cost.py
 	@# Apart: they bring uvloop, on which this package's service would run too.
 	$(BIN)/pip install --quiet --target build/rivals fastapi litserve python-multipart uvicorn
 	$(BIN)/python benchmarks/bench_serve.py --rivals build/rivals

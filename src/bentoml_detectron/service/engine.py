@@ -58,6 +58,7 @@ class Engine:
         predictor: None until it is loaded, and after the model's thread has failed.
         failure: Why there is no predictor and will be none, if so.
         max_pixels: Most pixels, padding included, that wait or run; one image alone may have more.
+        admitted: Requests so far.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Engine:
         self.predictor: Predictor | None = None
         self.failure: str | None = None
         self.max_pixels = max_pixels
+        self.admitted = 0
         self._load = load
         self._observe = observe
         self._max_queue = max_queue
@@ -165,6 +167,7 @@ class Engine:
             raise NotReadyError("the model is not loaded")
         pixels = _claimed_pixels(predictor, image)
         self.admit(max(1, pixels))
+        self.admitted += 1
         self._entered += 1
         self._pixels += pixels
         try:
@@ -178,7 +181,10 @@ class Engine:
             self._entered -= 1
             self._pixels -= pixels
         if isinstance(result, Exception):
-            raise result
+            try:
+                raise result
+            finally:  # or it holds this frame, which holds it and the image
+                del result, job
         return result
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
