@@ -13,6 +13,7 @@ from bentoml_detectron import engines, selftest
 from bentoml_detectron.artifact.manifest import Input
 from bentoml_detectron.engines import Precision
 from bentoml_detectron.engines.int8 import Calibration
+from bentoml_detectron.model import device_of
 from bentoml_detectron.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,9 @@ def fastest(model: nn.Module, image_input: Input, calibration: Calibration | Non
         The fastest, timed in turn, of those whose results are within `TOLERANCE` of the model's; fp32 always is.
     """
     candidates: list[Precision] = ["fp32"]
-    if next(model.parameters()).device.type == "cpu":
-        candidates += ["bf16"] if engines.has_bf16() else []
-        candidates += ["int8"] if engines.has_int8() and calibration is not None else []
+    device = device_of(model)
+    candidates += ["bf16"] if engines.has_bf16(device) else []
+    candidates += ["int8"] if device.type == "cpu" and engines.has_int8() and calibration is not None else []
     views: dict[Precision, nn.Module] = {each: engines.accelerated(model, each, calibration) for each in candidates}
     if len(views) > 1:
         due = selftest.run(model, image_input, None)

@@ -343,15 +343,10 @@ class Predictor:
         return results
 
     def _forward(self, group: Sequence[Prepared]) -> list[Output]:
+        device = device_of(self.model)
         with torch.inference_mode():
             inputs = [
-                {
-                    # Laid out as DefaultPredictor's tensor is, so that PyTorch picks the same kernels.
-                    "image": torch.as_tensor(each.pixels.astype("float32").transpose(2, 0, 1)),
-                    "height": each.size[0],
-                    "width": each.size[1],
-                }
-                for each in group
+                {"image": on_device(each.pixels, device), "height": each.size[0], "width": each.size[1]} for each in group
             ]
             return forward(self.model, inputs, [each.options for each in group])
 
@@ -366,6 +361,18 @@ class Predictor:
             if not _is_out_of_memory(exc):
                 raise
         return _too_large(prepared)
+
+
+def on_device(pixels: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
+    """(h, w, 3) pixels as the model takes them, (3, h, w) float32; a GPU gets them while this thread goes on.
+
+    Laid out as DefaultPredictor's tensor is, so that PyTorch picks the same kernels.
+    """
+    if device.type != "cuda":
+        return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
+    pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)  # PyTorch keeps it until the copy is done
+    pinned.numpy()[:] = pixels
+    return pinned.to(device, non_blocking=True).permute(2, 0, 1).float()
 
 
 def _too_large(prepared: Prepared) -> OutOfMemoryError:

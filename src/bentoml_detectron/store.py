@@ -139,9 +139,9 @@ def load_predictor(
         bento_model: The model, or its tag, in BentoML's model store; a ``DefaultPredictor`` or a module was saved.
         device_id: As in `load_model`.
         precision: "fp32": results are those of ``DefaultPredictor`` but for rounding: boxes within 0.05 pixels, scores within
-            1e-3. "bf16": faster, on processors that compute in it. "int8": faster still, for models that ``bentoml detectron
-            optimize`` has calibrated, on processors that multiply 8-bit integers. "auto": the fastest of these here that finds
-            on a fixed image what fp32 finds: boxes within 2 pixels, scores within 0.04.
+            1e-3. "bf16": faster, on processors and GPUs that compute in it. "int8": faster still, for models that ``bentoml
+            detectron optimize`` has calibrated, on processors that multiply 8-bit integers. "auto": the fastest of these here
+            that finds on a fixed image what fp32 finds: boxes within 2 pixels, scores within 0.04.
         trust_remote_code: As in `load_model`.
         trusted: As in `load_model`.
         batch: "padded": images of one padded shape go through the model together. "exact": each on its own, so that its results
@@ -172,11 +172,11 @@ def load_both(saved: SavedModel, device_id: str, precision: Precision, **options
     from bentoml_detectron import engines
     from bentoml_detectron.engines import int8
     from bentoml_detectron.fastest import fastest
-    from bentoml_detectron.model import load, module_of
+    from bentoml_detectron.model import check_device, load, module_of
     from bentoml_detectron.predictor import Predictor
 
     calibration = saved.manifest.calibration if saved.manifest is not None else None
-    engines.check(precision, is_calibrated=calibration is not None)
+    engines.check(precision, check_device(device_id), is_calibrated=calibration is not None)
     module = module_of(load(saved, device_id))
     ranges = None if calibration is None else int8.from_plain(calibration)
     is_auto = precision == "auto"
@@ -184,18 +184,20 @@ def load_both(saved: SavedModel, device_id: str, precision: Precision, **options
     return module, Predictor(view, saved.input, saved.dataset, **options)
 
 
-def check_precision(bento_model: Model, precision: Precision) -> None:
-    """Sees to it that a saved model can be computed in a precision here, without loading it.
+def check_precision(bento_model: Model, precision: Precision, device_id: str = "cpu") -> None:
+    """Sees to it that a saved model can be computed in a precision on a device here, without loading it.
 
     Raises:
         InvalidArgumentError: (``ValueError``) It cannot.
+        UnknownDeviceError: There is no such device.
         InvalidModelError: Its manifest is damaged.
     """
     from bentoml_detectron import engines
+    from bentoml_detectron.model import check_device
 
     folder = Path(bento_model.path)
     is_calibrated = (folder / manifest.MANIFEST).is_file() and manifest.read(folder).calibration is not None
-    engines.check(precision, is_calibrated=is_calibrated)
+    engines.check(precision, check_device(device_id), is_calibrated=is_calibrated)
 
 
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:

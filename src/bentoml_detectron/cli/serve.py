@@ -66,7 +66,7 @@ def command(
     host = _free(host, port)
     # These take seconds, and PyTorch warns, which is for no one-line error.
     if precision != "fp32":
-        check_precision(model, precision)
+        check_precision(model, precision, device)
     from bentoml_detectron.service import Settings
 
     settings = Settings(

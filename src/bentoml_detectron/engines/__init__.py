@@ -20,7 +20,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, Standar
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from bentoml_detectron.engines import eager, fusion, int8, proposals
+from bentoml_detectron.engines import anchors, eager, fusion, int8, normalization, proposals
 from bentoml_detectron.engines.graph import Graph
 from bentoml_detectron.engines.memory import keep_freed_memory
 from bentoml_detectron.engines.parts import Example, Part, Replacement, find, record, replaced, with_module
@@ -37,13 +37,15 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 0.25, "int8": 0.8}
 computes something else from rounding, which random weights amplify; what rounding costs a trained model, its AP tells."""
 _SIZE = (160, 192)  # height and width of the image that parts are tried with
 _MOST_ROWS = 8  # boxes
+_CPU = torch.device("cpu")
 
 
-def check(precision: str, *, is_calibrated: bool = True) -> None:
-    """Sees to it that a model can be computed in a precision here.
+def check(precision: str, device: torch.device = _CPU, *, is_calibrated: bool = True) -> None:
+    """Sees to it that a model can be computed in a precision on a device of this machine.
 
     Args:
         precision: What a user gave.
+        device: The model's.
         is_calibrated: Whether the model has what int8 needs.
 
     Raises:
@@ -53,8 +55,11 @@ def check(precision: str, *, is_calibrated: bool = True) -> None:
         raise InvalidArgumentError(
             f"precision={precision!r}; give one of {', '.join(map(repr, get_args(Precision)))}", value=precision
         )
-    if precision == "bf16" and not has_bf16():
-        raise InvalidArgumentError("this processor does not compute in bf16; give precision='fp32'", value=precision)
+    if precision == "bf16" and not has_bf16(device):
+        which = "this processor" if device.type == "cpu" else f"{device}, unlike GPUs of compute capability 8.0 and above,"
+        raise InvalidArgumentError(f"{which} does not compute in bf16; give precision='fp32'", value=precision)
+    if precision == "int8" and device.type != "cpu":
+        raise InvalidArgumentError(f"int8 is for the CPU, not for {device}; give precision='bf16' or 'fp32'", value=precision)
     if precision == "int8" and not has_int8():
         raise InvalidArgumentError(
             "this processor does not multiply 8-bit integers as int8 needs; give precision='fp32'", value=precision
@@ -66,8 +71,13 @@ def check(precision: str, *, is_calibrated: bool = True) -> None:
         )
 
 
-def has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16: AVX512-BF16 or AMX of x86, BF16 of ARM."""
+def has_bf16(device: torch.device = _CPU) -> bool:
+    """Whether a device multiplies bfloat16: AVX512-BF16 or AMX of x86, BF16 of ARM, CUDA's compute capability 8.0."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
     try:
         flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -89,24 +99,42 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
         calibration: What `calibrate` found, for int8.
 
     Returns:
-        The view. Parts that do not run right in another way stay as they are; a model on a GPU stays so as a whole.
+        The view. Parts that do not run right in another way stay as they are; in fp32 a model on a GPU stays so as a whole.
     """
     if any(each.device.type != "cpu" for each in model.parameters()):
-        return model
+        return autocast(model) if precision == "bf16" else model
     keep_freed_memory()
     examples = _examples(model, find(model))
     keeps = precision != "fp32" and _features_go_to(model, examples)
     replacements = {}
+    runs_backbone = False
     for part, example in examples.items():
-        run = _compiled(model, part, example, precision, calibration, keeps)
+        run = _tried(part, example, precision, partial(_compiled, model, part, example, precision, calibration, keeps))
         replacements[part] = _adapted(model, part, example, run, keeps)
+        runs_backbone |= part.is_backbone and run is not None
     view = replaced(model, replacements)
     for name, module in model.named_modules():
         if Pooler.takes(module):
             view = with_module(view, name, Pooler)
+        elif anchors.takes(module):
+            view = replaced(view, {Part(name, "_grid_anchors"): anchors.Kept(module)})
     if proposals.takes(getattr(model, "proposal_generator", None)):
         view = with_module(view, "proposal_generator", proposals.choosing_first)
+    if runs_backbone and normalization.takes(model):
+        view = replaced(view, {Part("", "preprocess_image"): normalization.Preprocess(model)})
     return view
+
+
+def autocast(model: nn.Module) -> nn.Module:
+    """A view of a model whose parts compute in bf16 as PyTorch's autocast has it; for GPUs, though any device will do.
+
+    All else is the model's own, in float32: RoIAlign's kernel, and what decodes and chooses boxes. `accelerated` says the rest.
+    """
+    replacements = {}
+    for part, example in _examples(model, find(model)).items():
+        run = _tried(part, example, "bf16", partial(_autocast, model, part, example))
+        replacements[part] = _adapted(model, part, example, run, False)
+    return replaced(model, replacements)
 
 
 def calibrate(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str, int8.Ranges]:
@@ -128,6 +156,10 @@ def calibrate(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
         replacements[part] = _adapted(model, part, example, partial(_called, graph), False)
     run(replaced(model, replacements))
     return found
+
+
+def _autocast(model: nn.Module, part: Part, example: Example) -> eager.Run:
+    return eager.autocast(Graph(model, part, example), tensors(example.output)[0].device.type)
 
 
 def _called(graph: Graph, inputs: Sequence[Any]) -> list[Any]:
@@ -152,7 +184,7 @@ def _examples(model: nn.Module, parts: list[Part]) -> dict[Part, Example]:
 
 def _some_rows(model: nn.Module, part: Part, example: Example, generator: torch.Generator) -> Example:
     """A few boxes' worth of an example; of as many random features where there were no boxes."""
-    inputs = [each[:_MOST_ROWS] if len(each) else torch.rand((2, *each.shape[1:]), generator=generator)
+    inputs = [each[:_MOST_ROWS] if len(each) else torch.rand((2, *each.shape[1:]), generator=generator).to(each)
               for each in tensors(example.arguments)]  # fmt: skip
     arguments = rebuild(example.arguments)(inputs)
     with torch.inference_mode():
@@ -178,13 +210,17 @@ def _features_go_to(model: nn.Module, examples: Mapping[Part, Example]) -> bool:
 
 def _compiled(
     model: nn.Module, part: Part, example: Example, precision: Precision, calibration: int8.Calibration | None, keeps: bool
-) -> eager.Run | None:
-    """A part in a precision; None where it is not the same then."""
+) -> eager.Run:
+    """A part in a precision."""
+    if precision == "int8" and calibration is not None:
+        return _in_integers(model, part, example, calibration, keeps)
+    return eager.compiled(Graph(model, part, example), _float(precision))
+
+
+def _tried(part: Part, example: Example, precision: Precision, compiled: Callable[[], eager.Run]) -> eager.Run | None:
+    """A part as it is compiled; None where it is not the same then."""
     try:
-        if precision == "int8" and calibration is not None:
-            run = _in_integers(model, part, example, calibration, keeps)
-        else:
-            run = eager.compiled(Graph(model, part, example), _float(precision))
+        run = compiled()
         error = _error(run, example)
     except Exception:
         logger.warning("%s does not run in %s; it stays as it is", part.place, precision, exc_info=True)

@@ -29,7 +29,7 @@ class Part:
     """A part of a model.
 
     Attributes:
-        place: Its module's dotted name in the model.
+        place: Its module's dotted name in the model; "" is the model itself.
         method: What of it computes; Detectron2's mask heads, for one, do more in ``forward``, which stays.
         sizes: Whether heights and widths of what it takes depend on the image's; otherwise only the first dimension varies.
         is_backbone: Whether it makes the feature maps for other parts.
@@ -81,11 +81,12 @@ def replaced(model: nn.Module, replacements: Mapping[Part, Replacement]) -> nn.M
 
 
 def with_module(model: nn.Module, place: str, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A view of the model in which the module in a place is what `change` makes of it."""
+    """A view of the model in which the module in a place, "" for the model itself, is what `change` makes of it."""
+    if not place:
+        return change(model)
     name, _, rest = place.partition(".")
-    child = model.get_submodule(name)
     view = _with(model)
-    view._modules = {**model._modules, name: with_module(child, rest, change) if rest else change(child)}
+    view._modules = {**model._modules, name: with_module(model.get_submodule(name), rest, change)}
     return view
 
 
