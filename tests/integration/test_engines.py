@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import bentoml
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
@@ -14,10 +17,10 @@ from PIL import Image
 
 from bentoml_detectron import demo, engines
 from bentoml_detectron.artifact import config
-from bentoml_detectron.engines import parts, proposals, structure
+from bentoml_detectron.engines import anchors, normalization, parts, proposals, structure
 from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.errors import InvalidArgumentError
-from bentoml_detectron.predictor import Predictor
+from bentoml_detectron.predictor import Predictor, on_device
 from support import assert_same, built, picture, tensors, tiny_cfg
 from zoo import PROJECTS, ZOO, zoo_config
 
@@ -212,6 +215,217 @@ class TestProposals:
         assert proposals.takes(rpn)
         rpn.__class__ = Own
         assert not proposals.takes(rpn)
+
+
+class TestNormalization:
+    """Images as the backbone takes them."""
+
+    @pytest.mark.parametrize("name", ["Mask R-CNN, FPN", "Mask R-CNN, C4", "RetinaNet", "Panoptic FPN"])
+    def test_is_detectron2s_to_the_last_bit(self, name):
+        cfg = zoo_config(ZOO[name])
+        cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]
+        model = built(cfg)
+        ours = engines.accelerated(model, "fp32").preprocess_image
+        assert isinstance(ours, normalization.Preprocess)
+        for given in [[image(97, 130)], [image(64, 96)], [image(97, 130), image(120, 65, 1)]]:
+            due, found = model.preprocess_image(given), ours(given)
+            assert torch.equal(found.tensor, due.tensor)
+            assert found.tensor.is_contiguous(memory_format=torch.channels_last)
+            assert found.image_sizes == due.image_sizes
+
+    @pytest.mark.parametrize(
+        "layout", [torch.Tensor.contiguous, lambda each: each.permute(1, 2, 0).contiguous().permute(2, 0, 1)]
+    )
+    def test_takes_planes_and_pixels(self, layout):
+        model = built(tiny_cfg())
+        given = [{"image": layout(image(50, 70)["image"])}]
+        assert torch.equal(normalization.Preprocess(model)(given).tensor, model.preprocess_image(given).tensor)
+
+    def test_of_a_model_that_has_its_own_stays(self):
+        class Own(type(built(tiny_cfg()))):
+            def preprocess_image(self, batched_inputs):
+                return super().preprocess_image(batched_inputs)
+
+        model = built(tiny_cfg())
+        assert normalization.takes(model)
+        model.__class__ = Own
+        assert not normalization.takes(model)
+        assert "preprocess_image" not in engines.accelerated(model, "fp32").__dict__
+
+
+class TestAnchors:
+    """Anchors of sizes that came before."""
+
+    def grids(self, height, width):
+        return [(-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
+
+    def test_are_detectron2s(self):
+        generator = built(tiny_cfg()).proposal_generator.anchor_generator
+        kept = anchors.Kept(generator)
+        for size in [(64, 96), (96, 64), (64, 96)]:
+            due = generator._grid_anchors(self.grids(*size))
+            assert all(torch.equal(*each) for each in zip(kept(self.grids(*size)), due, strict=True))
+
+    def test_are_made_once_a_size_and_left_as_they_are(self):
+        """By the model as a whole: nothing after them writes into them."""
+        model = built(tiny_cfg())
+        fast = engines.accelerated(model, "fp32")
+        run(fast)
+        generator = fast.proposal_generator.anchor_generator
+        before = generator._grid_anchors(self.grids(128, 160))
+        run(fast)
+        after = generator._grid_anchors(self.grids(128, 160))
+        due = model.proposal_generator.anchor_generator._grid_anchors(self.grids(128, 160))
+        for first, second, third in zip(before, after, due, strict=True):
+            assert first.data_ptr() == second.data_ptr() != third.data_ptr()
+            assert torch.equal(first, third)
+
+    def test_of_200_sizes_and_of_one_that_is_too_large_are_bounded(self):
+        kept = anchors.Kept(built(tiny_cfg()).proposal_generator.anchor_generator)
+        for number in range(200):
+            kept(self.grids(160, 16 * (number + 1)))
+            assert 0 < sum(each.nbytes for tensors in kept._kept.values() for each in tensors) <= anchors.MOST_BYTES
+        assert 1 < len(kept._kept) < 200
+        assert sum(each.nbytes for each in kept(self.grids(3200, 3200))) > anchors.MOST_BYTES
+        assert not kept._kept
+        assert kept._bytes == 0
+
+    def test_by_threads(self):
+        generator = built(tiny_cfg()).proposal_generator.anchor_generator
+        kept = anchors.Kept(generator)
+        sizes = [(32, 32 * (number % 40 + 1)) for number in range(400)]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda size: kept(self.grids(*size)), sizes))
+        for size, tensors_of_size in zip(sizes, found, strict=True):
+            due = generator._grid_anchors(self.grids(*size))
+            assert all(torch.equal(*each) for each in zip(tensors_of_size, due, strict=True))
+        assert kept._bytes == sum(each.nbytes for tensors in kept._kept.values() for each in tensors)
+
+    def test_of_a_generator_that_makes_its_own_stay(self):
+        class Own(DefaultAnchorGenerator):
+            def _grid_anchors(self, grid_sizes):
+                return super()._grid_anchors(grid_sizes)
+
+        generator = built(tiny_cfg()).proposal_generator.anchor_generator
+        assert anchors.takes(generator)
+        generator.__class__ = Own
+        assert not anchors.takes(generator)
+
+
+def assert_computes_in_bf16(model, fast):
+    """A view under autocast: its parts alone are in bf16, and give float32."""
+    inputs = [image(96, 230), image(96, 230, 1)]
+    heads = fast.roi_heads
+    seen = []
+    handle = heads.box_predictor.register_forward_pre_hook(
+        lambda _, given: seen.append((given[0].dtype, torch.is_autocast_enabled(given[0].device.type)))
+    )
+    examples = parts.record(model, parts.find(model), lambda each: run(each, *inputs))
+    assert {part.place for part in examples} == {
+        "backbone", "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.mask_head"
+    }  # fmt: skip
+    for part, example in examples.items():
+        with torch.inference_mode():
+            found = structure.tensors(part.of(fast)(*example.arguments))
+        for mine, due in zip(found, structure.tensors(example.output), strict=True):
+            assert mine.dtype == torch.float32
+            error = rms(mine - due) / rms(due)
+            assert 1e-4 < error <= engines.TOLERANCES["bf16"], part  # float32 would be nearer
+    seen.clear()
+    results = run(fast, *inputs)
+    handle.remove()
+    assert seen == [(torch.float32, False)]
+    assert type(heads.box_pooler) is type(model.roi_heads.box_pooler)
+    assert type(fast.proposal_generator) is type(model.proposal_generator)
+    assert all(each["instances"].pred_boxes.tensor.dtype == torch.float32 for each in results)
+
+
+class TestAutocast:
+    """What a GPU gets, on the CPU, whose autocast has the same parts."""
+
+    def test_parts_are_in_bf16_and_all_else_is_not(self):
+        model = built(zoo_config(ZOO["Mask R-CNN, FPN"]))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        assert_computes_in_bf16(model, engines.autocast(model))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert model.backbone.bottom_up.stem.conv1.weight.is_contiguous()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("make", NAMES)
+    def test_every_family(self, make, caplog):
+        model = built(make())
+        fast = engines.autocast(model)
+        assert not [each for each in caplog.records if each.name == engines.__name__]
+        given = with_proposals(model, image(96, 230))
+        theirs, mine = run(model, given)[0], run(fast, given)[0]
+        assert theirs.keys() == mine.keys()
+        if "sem_seg" in theirs:
+            assert mine["sem_seg"].dtype == torch.float32
+            assert rms(mine["sem_seg"] - theirs["sem_seg"]) <= engines.TOLERANCES["bf16"] * rms(theirs["sem_seg"])
+
+    def test_finds_in_the_demo_images_what_fp32_finds(self, demo_predictor):
+        fast = engines.autocast(demo_predictor.model)
+        source = config.input_of(demo_predictor.cfg)
+        for path in demo.images()[:4]:
+            due = Predictor(demo_predictor.model, source)([path], score_threshold=0.6)[0]
+            found = Predictor(fast, source)([path], score_threshold=0.6)[0]
+            assert sorted(found.class_ids.tolist()) == sorted(due.class_ids.tolist())
+
+    def test_devices_that_do_not_compute_in_a_precision_are_named(self):
+        meta = torch.device("meta")
+        engines.check("fp32", meta)
+        with pytest.raises(InvalidArgumentError, match=r"^meta, .* does not compute in bf16; give precision='fp32'"):
+            engines.check("bf16", meta)
+        with pytest.raises(InvalidArgumentError, match="int8 is for the CPU, not for cuda:0; give precision='bf16'"):
+            engines.check("int8", torch.device("cuda:0"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestGpu:
+    """The same on a GPU."""
+
+    def test_fp32_is_the_model_itself(self):
+        model = built(tiny_cfg()).cuda()
+        assert engines.accelerated(model, "fp32") is model
+
+    def test_bf16_is_for_gpus_that_compute_in_it(self):
+        device = torch.device("cuda:0")
+        assert engines.has_bf16(device) == (torch.cuda.get_device_capability(device) >= (8, 0))
+        if not engines.has_bf16(device):
+            with pytest.raises(InvalidArgumentError, match="give precision='fp32'"):
+                engines.check("bf16", device)
+
+    def test_parts_are_in_bf16_and_all_else_is_not(self):
+        model = built(zoo_config(ZOO["Mask R-CNN, FPN"])).cuda()
+        fast = engines.accelerated(model, "bf16")
+        assert not list(fast.backbone.parameters())
+        assert_computes_in_bf16(model, fast)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("make", NAMES)
+    def test_every_family(self, make, caplog):
+        model = built(make()).cuda()
+        fast = engines.accelerated(model, "bf16")
+        assert not [each for each in caplog.records if each.name == engines.__name__]
+        given = with_proposals(model, image(96, 230))
+        assert run(model, given)[0].keys() == run(fast, given)[0].keys()
+
+    def test_finds_in_the_demo_images_what_the_cpu_finds(self, demo_predictor):
+        saved = bentoml.detectron.save_model("bf16-on-gpu", demo_predictor)
+        due = bentoml.detectron.load_predictor(saved)(demo.images()[:4], score_threshold=0.6)
+        found = bentoml.detectron.load_predictor(saved, "cuda:0", precision="bf16")(demo.images()[:4], score_threshold=0.6)
+        assert [sorted(each.class_ids.tolist()) for each in found] == [sorted(each.class_ids.tolist()) for each in due]
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_images_get_there_whole(self, order):
+        """Many at a time, so that copies are under way while others are made; channels in either order."""
+        pixels = [picture(200, 300, seed)[:, :, ::order] for seed in range(40)]
+        there = [on_device(each, torch.device("cuda:0")) for each in pixels]
+        for each, due in zip(there, pixels, strict=True):
+            here = on_device(due, torch.device("cpu"))
+            assert torch.equal(each.cpu(), here)
+            assert each.dtype == torch.float32
 
 
 def test_unknown_precision_is_named():

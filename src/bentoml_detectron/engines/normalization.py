@@ -1,7 +1,7 @@
 """Detectron2's ``preprocess_image`` in two passes over an image, laid out as the convolutions like it best.
 
-Detectron2 subtracts and divides in passes over three pixels' colors at a time, then pads, then makes planes of the colors,
-which an engine would make pixels again. Here rows of pixels are taken as they lie, right into what the backbone takes.
+Detectron2 goes over an image's pixels color by color, pads the result, and makes planes of it, of which an engine would make
+pixels again. Here rows of pixels are taken as they lie, right into what the backbone takes.
 """
 
 from __future__ import annotations
