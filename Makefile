@@ -87,6 +87,7 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_speed.py
 	$(BIN)/python benchmarks/bench_precision.py
 	$(BIN)/python benchmarks/bench_dataset.py
+	$(BIN)/python benchmarks/bench_ray.py
 	$(BIN)/python benchmarks/bench_overload.py
 	@# Apart: they bring uvloop, on which this package's service would run too.
 	$(BIN)/pip install --quiet --target build/rivals fastapi litserve python-multipart uvicorn
