@@ -130,10 +130,17 @@ def write(
     files = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
     files += [] if errors is None else [(Path(errors), formats.FAILURES)]
     work = Work(
-        str(get(bento_model).tag if not hasattr(bento_model, "tag") else bento_model.tag), device_id, precision,
-        trust_remote_code, tuple(trusted), score_threshold, None if classes is None else tuple(classes), top_k, None,
-        image_column, tuple(each for _, each in files), None, False, "",
-    )  # fmt: skip
+        model=str(getattr(bento_model, "tag", None) or get(bento_model).tag),
+        device_id=device_id,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+        trusted=tuple(trusted),
+        score_threshold=score_threshold,
+        classes=None if classes is None else tuple(classes),
+        top_k=top_k,
+        image_column=image_column,
+        formats=tuple(each for _, each in files),
+    )
     work.writers()  # what they need is installed
     dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column))
     paths = [path for path, _ in files]
@@ -190,8 +197,8 @@ class _Run:
         mark = parts.read_json(self._main / FINISHED)
         before = mark["plan"] if mark else parts.read_json(self._main / PLAN)
         for folder in self._folders[1:]:
-            theirs = parts.read_json(folder / FINISHED) or parts.read_json(folder / PLAN)
-            if theirs and theirs.get("outputs") != self._names():
+            theirs = parts.read_json(folder / PLAN)
+            if (theirs and theirs["outputs"] != self._names()) or (folder / FINISHED).exists():
                 raise OutputError(
                     f"{str(folder)!r} is of an unfinished run with other outputs; finish it, or remove the folder"
                 )
