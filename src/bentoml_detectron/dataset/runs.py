@@ -130,7 +130,7 @@ def write(
     files = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
     files += [] if errors is None else [(Path(errors), formats.FAILURES)]
     work = Work(
-        model=str(getattr(bento_model, "tag", None) or get(bento_model).tag),
+        model=str(get(bento_model).tag if not hasattr(bento_model, "tag") else bento_model.tag),
         device_id=device_id,
         precision=precision,
         trust_remote_code=trust_remote_code,
