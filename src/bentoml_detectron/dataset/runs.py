@@ -115,12 +115,14 @@ def write(
         InvalidArgumentError: (``ValueError``) An argument is out of range, or a source is none.
         DetectronError: And what `load_predictor` raises.
     """
+    from bentoml import Tag
+
     from bentoml_detectron.store import get
 
     named = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
     named += [] if errors is None else [(Path(errors), formats.FAILURES)]
     work = Work(
-        model=str(getattr(bento_model, "tag", None) or get(bento_model).tag),
+        model=str(get(bento_model if isinstance(bento_model, (str, Tag)) else bento_model.tag).tag),
         device_id=device_id,
         precision=precision,
         trust_remote_code=trust_remote_code,
