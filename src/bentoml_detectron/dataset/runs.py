@@ -124,13 +124,15 @@ def write(
         InvalidArgumentError: (``ValueError``) An argument is out of range, or a source is none.
         DetectronError: And what `load_predictor` raises; or the cluster is not there, or its workers die again and again.
     """
+    from bentoml import Tag
+
     from bentoml_detectron.store import get
 
     where = _engine(engine, ray_address, ray_workers)
     files = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
     files += [] if errors is None else [(Path(errors), formats.FAILURES)]
     work = Work(
-        model=str(get(bento_model).tag if not hasattr(bento_model, "tag") else bento_model.tag),
+        model=str(get(bento_model if isinstance(bento_model, (str, Tag)) else bento_model.tag).tag),
         device_id=device_id,
         precision=precision,
         trust_remote_code=trust_remote_code,
