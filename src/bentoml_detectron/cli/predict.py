@@ -114,7 +114,8 @@ def command(
         click.echo(f"{', '.join(outputs)}: there already, and no unfinished run; nothing was done")
         return
     new = report.images - report.resumed
-    speed = f", {new:,} of them now, {new / report.seconds:.1f} a second, with the model busy {report.busy:.0%} of the time"
+    share = f", {new:,} of them now" if report.resumed else ""
+    speed = f"{share}, {new / report.seconds:.1f} a second, with the model busy {report.busy:.0%} of the time"
     click.echo(f"{', '.join(outputs)}: {report.images:,} images{speed if new else ''}")
     if report.failures:
         click.echo(f"{report.failures:,} of them could not be used{f'; see {errors}' if errors else ''}", err=True)
