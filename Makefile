@@ -88,8 +88,10 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_steps.py
 	$(BIN)/python benchmarks/bench_precision.py
 	$(BIN)/python benchmarks/bench_dataset.py
+	$(BIN)/python benchmarks/bench_ray.py
 	$(BIN)/python benchmarks/bench_overload.py
 	$(BIN)/python benchmarks/bench_evaluate.py
+	$(BIN)/python benchmarks/bench_service_cost.py
 	@# Apart: they bring uvloop, on which this package's service would run too.
 	$(BIN)/pip install --quiet --target build/rivals fastapi litserve python-multipart uvicorn
 	$(BIN)/python benchmarks/bench_serve.py --rivals build/rivals

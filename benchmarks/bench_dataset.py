@@ -115,6 +115,7 @@ def compare(images: Path, count: int, rounds: int, home: str) -> None:
     for _ in range(rounds):
         for way, each in found.items():
             each.append(measured(way, images, home))
+            print(f"{way}: {each[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
     print(f"{count:,} images of 192x192, {os.cpu_count()} cores, median of {rounds} rounds, in turn")
     print("| way | images a second | times the loop | times the loop with COCO results | model busy |\n|---|---|---|---|---|")
     for way, each in found.items():

@@ -23,14 +23,11 @@ and httptools, on which this package's service would run too.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +35,6 @@ import urllib.request
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -50,18 +46,16 @@ os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 warnings.simplefilter("ignore")
 
 import numpy as np
-import psutil
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 
 import serving
 import timing
+import wrk
 from bentoml_detectron import demo, engines, load_predictor
 from bentoml_detectron.predictor import Predictor
 
-CONNECTIONS = 8
 IMAGES = [path.read_bytes() for path in demo.images()]
-BOUNDARY = "----------------bench"
 RIVALS = Path(__file__).with_name("rivals")
 BENTOML = [sys.executable, "-m", "bentoml"]
 OURS, BATCHES, SINGLES = "bentoml detectron serve", "predictor, batches of 8", "predictor, one by one"
@@ -80,65 +74,11 @@ COMMANDS = {
 LIKELY = 0.6
 """Score above which boxes are asked of bf16: those near the model's own threshold are there or not."""
 OTHERS = ("FastAPI", "LitServe")
-CANNED = [*BENTOML, "serve", "canned:service", "--host", "127.0.0.1", "--port", "PORT"]
 SAVE_THEIRS = """
 from bentoml._internal.frameworks import detectron as adapter
 from bentoml_detectron import demo
 adapter.save_model('theirs', demo.predictor())
 """
-LUA = """
-bodies, turn = {{}}, 0
-for number = 1, {count} do
-  local file = io.open(string.format("{folder}/%d.form", number), "rb")
-  bodies[number] = file:read("*a")
-  file:close()
-end
-wrk.method = "POST"
-wrk.headers["Content-Type"] = "multipart/form-data; boundary={boundary}"
-function request()
-  turn = turn % {count} + 1
-  return wrk.format(nil, nil, nil, bodies[turn])
-end
-function done(summary, latency)
-  local failed = summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.timeout
-  print(string.format("BENCH %d %d %d %f %f", summary.requests, summary.duration, failed,
-    latency:percentile(50) / 1000, latency:percentile(99) / 1000))
-end
-"""
-
-
-def form(image: bytes) -> bytes:
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
-    return head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
-
-
-def write_script(folder: Path, images: list[bytes]) -> Path:
-    """A script for wrk that sends these images in turn."""
-    for number, image in enumerate(images, 1):
-        (folder / f"{number}.form").write_bytes(form(image))
-    script = folder / "script.lua"
-    script.write_text(LUA.format(count=len(images), folder=folder, boundary=BOUNDARY))
-    return script
-
-
-@dataclass(frozen=True)
-class Load:
-    """What wrk says: answers, how many a second, and the median and 99th percentile of their latencies in milliseconds."""
-
-    answers: int
-    rate: float
-    median: float
-    last: float
-
-
-def load(url: str, script: Path, seconds: float, connections: int = CONNECTIONS) -> Load:
-    """Asks for some whole seconds."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s", "-s", str(script), url]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60).stdout
-    requests, microseconds, failed, median, last = (float(each) for each in re.search(r"BENCH (.*)", output)[1].split())
-    if failed or not requests:
-        raise SystemExit(f"{failed:.0f} of {requests:.0f} requests to {url} failed:\n{output}")
-    return Load(int(requests), requests / microseconds * 1e6, median, last)
 
 
 def predict_for(predictor: Predictor, batch: int, seconds: float) -> float:
@@ -153,7 +93,7 @@ def predict_for(predictor: Predictor, batch: int, seconds: float) -> float:
 
 
 def ask(url: str, image: bytes) -> object:
-    request = urllib.request.Request(url, form(image), {"content-type": f"multipart/form-data; boundary={BOUNDARY}"})
+    request = urllib.request.Request(url, wrk.form(image), {"content-type": f"multipart/form-data; boundary={wrk.BOUNDARY}"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
@@ -218,7 +158,9 @@ def measure(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str
 
 def report(rates: dict[str, list[float]], latencies: dict[str, list[tuple[float, float]]], rounds: int) -> None:
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    print(f"Images a second, median of {rounds} rounds in turn, {CONNECTIONS} connections, {CORES} cores and PyTorch threads")
+    print(
+        f"Images a second, median of {rounds} rounds in turn, {wrk.CONNECTIONS} connections, {CORES} cores and PyTorch threads"
+    )
     print("| | images/s | p50 ms | p99 ms | ours in fp32 as a share, round by round |\n|---|---|---|---|---|")
     for name, found in rates.items():
         times = [f"{statistics.median(column):.1f}" for column in zip(*latencies.get(name, []), strict=True)] or ["", ""]
@@ -235,7 +177,7 @@ def report_rates(
 ) -> None:
     """Starts all servers, checks their answers and measures them and the predictor in turn."""
     serving.save_demo(home.name)
-    script = write_script(folder, IMAGES)
+    script = wrk.write_script(folder, IMAGES)
     latencies: dict[str, list[tuple[float, float]]] = {}
     with ExitStack() as stack:
         servers = {}
@@ -250,21 +192,21 @@ def report_rates(
             report_first(name, urls[name])
         for name, url in urls.items():
             check(name, url, theirs)
-            load(url, script, 2)
+            wrk.load(url, script, 2)
             os.killpg(servers[name].process.pid, signal.SIGSTOP)
 
         def over_http(name: str) -> float:
             with servers[name].running():
-                found = load(urls[name], script, seconds)
+                found = wrk.load(urls[name], script, seconds)
             latencies.setdefault(name, []).append((found.median, found.last))
             return found.rate
 
         contenders: dict[str, Callable[[], float]] = {name: partial(over_http, name) for name in urls}
         for precision in ("fp32", "bf16") if OURS + BF16 in commands else ("fp32",):
             predictor = load_predictor("digits", precision=precision)
-            predict_for(predictor, CONNECTIONS, 1)
+            predict_for(predictor, wrk.CONNECTIONS, 1)
             suffix = "" if precision == "fp32" else BF16
-            for name, batch in ((BATCHES, CONNECTIONS), (SINGLES, 1)):
+            for name, batch in ((BATCHES, wrk.CONNECTIONS), (SINGLES, 1)):
                 contenders[name + suffix] = partial(predict_for, predictor, batch, seconds)
         with servers[OURS].running():
             before = batch_sizes(urls[OURS])
@@ -273,57 +215,6 @@ def report_rates(
             batches, count = (now - then for now, then in zip(batch_sizes(urls[OURS]), before, strict=True))
     report(rates, latencies, rounds)
     print(f"batches of ours: {count / batches:.1f} images on average")
-
-
-def photograph() -> bytes:
-    """A JPEG of 640x480: scikit-learn's photograph of a temple, scaled."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_image
-
-    buffer = io.BytesIO()
-    Image.fromarray(load_sample_image("china.jpg")).resize((640, 480)).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def milliseconds_of_cpu(server: serving.Server, url: str, script: Path, seconds: float, connections: int) -> float:
-    """CPU time of a server's worker for one request, user and system."""
-
-    def spent() -> float:
-        workers = psutil.Process(server.process.pid).children(recursive=True)
-        return sum(sum(each.cpu_times()[:2]) for each in workers)
-
-    before = spent()
-    answers = load(url, script, seconds, connections).answers
-    return (spent() - before) / answers * 1e3
-
-
-def report_cost(folder: Path, seconds: float) -> None:
-    """What the server itself costs: see ``canned.py``."""
-    kinds = {"640x480, 100 found": (photograph(), "100"), "640x480, 10 found": (photograph(), "10")}
-    print("\nCPU of the worker for one request, the model aside; milliseconds. The resize is the model's own")
-    print("| | connections | ms | of it decode | of it resize | bytes |\n|---|---|---|---|---|---|")
-    for number, (name, (image, count)) in enumerate(kinds.items()):
-        home_of_it = folder / f"canned{number}"
-        serving.save_demo(str(home_of_it))
-        given = {**serving.environment(str(home_of_it), CORES), "CANNED": count}
-        (forms := folder / f"forms{number}").mkdir()
-        script = write_script(forms, [image])
-        with serving.started(CANNED, given, folder / f"canned{number}.log", Path(__file__).parent) as server:
-            url = f"{server.wait()}/predict"
-            load(url, script, 2)
-            for connections in (1, CONNECTIONS):
-                spent = milliseconds_of_cpu(server, url, script, seconds, connections)
-                decode, resize = prepare_milliseconds(image)
-                print(f"| {name} | {connections} | {spent:.2f} | {decode:.2f} | {resize:.2f} | {len(image):,} |")
-
-
-def prepare_milliseconds(image: bytes) -> tuple[float, float]:
-    """Decoding and resizing of one image in this process, medians of 100."""
-    predictor = load_predictor("digits")
-    found: dict[str, list[float]] = {}
-    for _ in range(100):
-        predictor.prepare(image, predictor.options(), 0, lambda stage, value: found.setdefault(stage, []).append(value))
-    return statistics.median(found["decode"]) * 1e3, statistics.median(found["preprocess"]) * 1e3
 
 
 def main() -> None:
@@ -343,7 +234,6 @@ def main() -> None:
     commands |= {f"{OURS}, {each}": (SERVE, dict([each.split("=", 1)])) for each in options.variants}
     folder = Path(home.name)
     report_rates(folder, commands, options.rivals.resolve(), options.rounds, options.seconds)
-    report_cost(folder, options.seconds)
 
 
 if __name__ == "__main__":

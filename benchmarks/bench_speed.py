@@ -1,7 +1,9 @@
 """Each precision against ``DefaultPredictor``: a BGR image in, `Detections` with RLE out, or its ``Instances``.
 
 Each way has a process of its own, which the parent lets run in turn; so no way has another's settings or memory. Ratios are
-pair by pair, their median is printed.
+pair by pair, their median is printed. Of int8 the ranges are those of three pictures. The share of the peak: the time that
+the model's convolutions and products would take at the rate of this machine's products of large matrices of the same type, as
+a share of the time that the whole takes.
 
 Usage::
 
@@ -24,7 +26,8 @@ import warnings
 from pathlib import Path
 
 DEFAULT = "DefaultPredictor"
-WAYS = (DEFAULT, "DefaultPredictor, memory kept", "fp32", "bf16", "whole model in OpenVINO, bf16")
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+WAYS = (DEFAULT, "DefaultPredictor, memory kept", *PRECISIONS, "whole model in OpenVINO, bf16")
 MODELS = ("MASK_RCNN", "FASTER_RCNN", "RETINANET", "KEYPOINT_RCNN", "PANOPTIC_FPN", "demo")
 
 
@@ -56,18 +59,39 @@ class Worker:
         self.process.wait(30)
 
 
-def prepare(model: str, folder: str) -> None:
-    """Writes a model's config and weights, and saves it into the store."""
+def prepare(model: str, folder: str, sizes: list[str]) -> dict[str, int]:
+    """Writes a model's config and weights, and saves it into the store.
+
+    Returns:
+        The floating-point operations of Detectron2's convolutions and matrix products for an image, by its size.
+    """
     import bentoml
     from detectron2.engine import DefaultPredictor
+    from torch.utils.flop_counter import FlopCounterMode
 
     import calibrated
-    from bentoml_detectron import demo
+    from bentoml_detectron import Predictor, demo, engines, store
+    from bentoml_detectron.artifact import config
 
     path = f"{folder}/{model}.pth"
     cfg = demo.config() if model == "demo" else calibrated.config(getattr(calibrated, model), path)
     Path(folder, f"{model}.yaml").write_text(cfg.dump())
-    bentoml.detectron.save_model(model.lower(), DefaultPredictor(cfg))
+    default = DefaultPredictor(cfg)
+    saved = bentoml.detectron.save_model(model.lower(), default)
+    if engines.has_int8():
+        pictures = [calibrated.picture(*map(int, sizes[0].split("x")), index) for index in range(3)]
+
+        def run(view: object) -> None:
+            Predictor(view, config.input_of(cfg), batch="exact")(pictures)
+
+        calibration = engines.calibrate(default.model, run)
+        store.save_calibrated(saved, store.open_model(saved), f"{model.lower()}_int8", calibration, {})
+    operations = {}
+    for size in sizes:
+        with FlopCounterMode(display=False) as counter:
+            default(calibrated.picture(*map(int, size.split("x"))))
+        operations[size] = counter.get_total_flops()
+    return operations
 
 
 def call_of(way: str, model: str, folder: str, images: list):
@@ -78,8 +102,9 @@ def call_of(way: str, model: str, folder: str, images: list):
 
     from bentoml_detectron.engines.memory import keep_freed_memory
 
-    if way in ("fp32", "bf16"):
-        predictor = bentoml.detectron.load_predictor(f"{model.lower()}:latest", precision=way)
+    if way in PRECISIONS:
+        name = f"{model.lower()}_int8" if way == "int8" else model.lower()
+        predictor = bentoml.detectron.load_predictor(f"{name}:latest", precision=way)
         return lambda: predictor(images)
     cfg = get_cfg()
     cfg.merge_from_file(f"{folder}/{model}.yaml")
@@ -147,22 +172,40 @@ def work(way: str, model: str, size: str, batch: str, folder: str) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
 
 
+def types() -> list[str]:
+    """What this processor multiplies fast."""
+    from bentoml_detectron import engines
+
+    has = {"float32": True, "bfloat16": engines.has_bf16(), "int8": engines.has_int8()}
+    return [name for name, is_there in has.items() if is_there]
+
+
 def gemm_peak(dtype: str) -> float:
-    """GFLOP/s of a product of large matrices, the best of some."""
+    """Billions of operations a second of a product of large matrices, the best of some."""
     import torch
 
-    size = 4096 if dtype == "bfloat16" else 2048
-    one, other = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
-    torch.mm(one, other)
+    size = 2048 if dtype == "float32" else 4096
+    if dtype == "int8":
+        one = torch.randint(0, 255, (size, size), dtype=torch.uint8)
+        other = torch.ops.onednn.qlinear_prepack(torch.randint(-127, 127, (size, size), dtype=torch.int8), None)
+        scales, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
+        how = (1.0, 0, other, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        multiply = lambda: torch.ops.onednn.qlinear_pointwise(one, *how)  # noqa: E731
+    else:
+        one, other = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+        multiply = lambda: torch.mm(one, other)  # noqa: E731
+    multiply()
     times = []
-    for _ in range(5):
+    for _ in range(7):
         start = time.perf_counter()
-        torch.mm(one, other)
+        multiply()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times) / 1e9
 
 
-def compare(model: str, size: str, batch: int, ways: list[str], pairs: int, folder: str) -> None:
+def compare(
+    model: str, size: str, batch: int, ways: list[str], pairs: int, folder: str, operations: int, peaks: dict[str, float]
+) -> None:
     """Prints one row a way."""
     workers = []
     for way in ways:
@@ -174,11 +217,13 @@ def compare(model: str, size: str, batch: int, ways: list[str], pairs: int, fold
     for place, worker in enumerate(workers):
         worker.end()
         seconds = statistics.median(row[place]["seconds"] for row in rows)
+        peak = peaks.get(PRECISIONS.get(worker.way, "bfloat16" if "bf16" in worker.way else "float32"))
+        share = f"{operations * batch / 1e9 / peak / seconds:.0%}" if peak else ""
         ratios = [row[0]["seconds"] / row[place]["seconds"] for row in rows]
         print(
             f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.0f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f}-{max(ratios):.2f}) | {rows[-1][place]['peak'] / 1e6:.0f} | {worker.loading['load']:.1f} "
-            f"| {worker.loading['first']:.2f} |",
+            f"({min(ratios):.2f}-{max(ratios):.2f}) | {share} | {rows[-1][place]['peak'] / 1e6:.0f} "
+            f"| {worker.loading['load']:.1f} | {worker.loading['first']:.2f} |",
             flush=True,
         )
 
@@ -196,20 +241,24 @@ def main() -> None:
         work(*arguments.worker)
         return
     processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    print(f"{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; GEMM peak in GFLOP/s: "
-          f"float32 {gemm_peak('float32'):.0f}, bfloat16 {gemm_peak('bfloat16'):.0f}")  # fmt: skip
-    print("| model | image | batch | way | ms an image | times as fast, pair by pair | peak MB | load, s | first call, s |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        known = pool.apply(types)
+        peaks = {each: pool.apply(gemm_peak, (each,)) for each in known}
+    print(f"{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; peak of products of matrices, 1e9 operations a "
+          f"second: {', '.join(f'{name} {peak:.0f}' for name, peak in peaks.items())}")  # fmt: skip
+    print("| model | image | batch | way | ms an image | times as fast, pair by pair | of the peak | peak MB | load, s "
+          "| first call, s |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     ways = [DEFAULT, *[way for way in arguments.way if way != DEFAULT]]
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
         os.environ["BENTOML_HOME"] = folder
         os.environ["BENTOML_DO_NOT_TRACK"] = "True"
         for model in arguments.model:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                pool.apply(prepare, (model, folder))
+                operations = pool.apply(prepare, (model, folder, arguments.size))
             for size in arguments.size:
                 for batch in arguments.batch:
-                    compare(model, size, batch, ways, arguments.pairs, folder)
+                    compare(model, size, batch, ways, arguments.pairs, folder, operations[size], peaks)
 
 
 if __name__ == "__main__":

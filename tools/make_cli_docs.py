@@ -22,10 +22,11 @@ BentoML's completion of the shell knows these commands and their options, after 
 or, for zsh and fish, with `zsh_source` or `fish_source` in its place.
 
 Saved models are BentoML models: `bentoml models list`, `get`, `export`, `import` and `delete` work on them. `bentoml models
-push` needs a BentoCloud account, and was not tried.
+push` needs a BentoCloud account, and was not tried. Give `export` and `import` a whole path: BentoML 1.4.39 takes others as
+if they began at `/`.
 
-    bentoml models export street:latest street.bentomodel
-    bentoml models import street.bentomodel
+    bentoml models export street:latest "$PWD/street.bentomodel"
+    bentoml models import "$PWD/street.bentomodel"
     bentoml detectron verify street:latest
 """
 

@@ -14,7 +14,7 @@ import stat
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,10 +146,22 @@ def load(image: ImageLike, limits: Limits = DEFAULT_LIMITS, *, index: int = 0) -
         _check_array(image, index)
         _check_size(image.shape[1], image.shape[0], limits, index)
         return image
+    # Copied, because PyTorch warns of arrays that cannot be written.
+    return pixels(decoded(image, limits, index=index)[0], swapped=True).copy()
+
+
+def decoded(image: ImageLike, limits: Limits = DEFAULT_LIMITS, *, index: int = 0) -> tuple[Image.Image, Literal["BGR", "RGB"]]:
+    """As `load`, but as a PIL image, which is scaled without being made an array before.
+
+    Returns:
+        The image, upright, in mode RGB, and in which order its channels are in fact: an array's stay in BGR.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(load(image, limits, index=index)), "BGR"
     try:
         picture = image if isinstance(image, Image.Image) else _open(_content(image, limits, index), limits, index)
         _check_size(picture.width, picture.height, limits, index)
-        return _pixels(picture, index)
+        return _upright(picture, index), "RGB"
     except ImageError:
         raise
     except Image.DecompressionBombError as exc:  # Pillow's limit for WebP, above the default one
@@ -157,6 +169,13 @@ def load(image: ImageLike, limits: Limits = DEFAULT_LIMITS, *, index: int = 0) -
     except Exception as exc:  # Pillow fails in as many ways as it has lines
         reason = str(exc)[:200] or type(exc).__name__
         raise DamagedImageError(f"it is cut short or damaged ({reason}); send it again", index=index) from exc
+
+
+def pixels(picture: Image.Image, *, swapped: bool) -> NDArray[np.uint8]:
+    """An image of mode RGB as (H, W, 3) uint8, which cannot be written; `swapped`: its first and last channel change places."""
+    # Five times as fast as reversing the array's last axis.
+    content = picture.tobytes("raw", "BGR" if swapped else "RGB")
+    return np.frombuffer(content, np.uint8).reshape(picture.height, picture.width, 3)
 
 
 def _check_array(array: NDArray[Any], index: int) -> None:
@@ -341,8 +360,8 @@ def _seems(content: bytes) -> str:
     return f"of no known format (it begins with {content[:8].hex(' ')})"
 
 
-def _pixels(picture: Image.Image, index: int) -> NDArray[np.uint8]:
-    """BGR pixels, upright.
+def _upright(picture: Image.Image, index: int) -> Image.Image:
+    """A picture in mode RGB, upright; the picture itself if it is that.
 
     Raises:
         UnsupportedImageError: The picture's mode is none that is taken.
@@ -351,10 +370,7 @@ def _pixels(picture: Image.Image, index: int) -> NDArray[np.uint8]:
     picture.load()
     rgb = _rgb(picture, index)
     turn = _UPRIGHT.get(_orientation(picture.info.get("exif")))
-    if turn is not None:
-        rgb = rgb.transpose(turn)
-    # Five times as fast as reversing the array's last axis; copied, because PyTorch warns of arrays that cannot be written.
-    return np.frombuffer(rgb.tobytes("raw", "BGR"), np.uint8).reshape(rgb.height, rgb.width, 3).copy()
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def _rgb(picture: Image.Image, index: int) -> Image.Image:

@@ -112,6 +112,7 @@ def optimize(
     if not images:
         raise InvalidArgumentError("there are no images to calibrate on; give some as the model will see them", value=0)
     engines.check("int8")
+    store.check_tag(name)
     found = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
     saved = store.open_model(found, trust_remote_code=trust_remote_code, trusted=trusted)
     module = module_of(load(saved, "cpu"))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import psutil
 import torch
-from detectron2.data.transforms import ResizeShortestEdge, ResizeTransform
+from detectron2.data.transforms import ResizeShortestEdge
+from PIL import Image
 from torch import nn
 
 from bentoml_detectron import images as pictures
@@ -258,12 +259,10 @@ class Predictor:
             ImageError: It cannot be used.
         """
         start = time.perf_counter()
-        pixels = pictures.load(image, self.limits, index=index)
+        picture, order = pictures.decoded(image, self.limits, index=index)
         between = time.perf_counter()
         observe("decode", between - start)
-        height, width = size = pixels.shape[:2]
-        if self.input.format == "RGB":
-            pixels = pixels[:, :, ::-1]
+        height, width = picture.height, picture.width
         if self.input.min_size_test > 0:
             shape = self._scaled(height, width)
             if min(shape) < 1:
@@ -271,9 +270,11 @@ class Predictor:
                     f"{width}x{height} is too long and thin: at the model's {self.input.max_size_test} pixels "
                     "nothing is left of it",
                     index=index,
-                    value=size,
+                    value=(height, width),
                 )
-            pixels = ResizeTransform(height, width, *shape).apply_image(pixels)
+            # What Detectron2's ResizeTransform does with an array, which it makes a picture for it.
+            picture = picture.resize(shape[::-1], Image.Resampling.BILINEAR)
+        pixels = pictures.pixels(picture, swapped=order != self.input.format)
         prepared = Prepared(index, pixels, (height, width), self._padded(*pixels.shape[:2]), wanted)
         observe("preprocess", time.perf_counter() - between)
         return prepared

@@ -66,7 +66,7 @@ def get(tag_like: str | Tag) -> Model:
         InvalidArgumentError: (``ValueError``) `tag_like` is no tag.
         CorruptFileError: Its record is damaged.
     """
-    _check_tag(tag_like)
+    check_tag(tag_like)
     try:
         model: Model = bentoml.models.get(tag_like, _model_store=_Store(BentoMLContainer.model_store_dir.get()))
     except NotFound as exc:
@@ -265,7 +265,7 @@ def save_model(
         predictor = DefaultPredictor(cfg)
         bento_model = bentoml.detectron.save_model("mask_rcnn", predictor)
     """
-    tag = _check_tag(name)
+    tag = check_tag(name)
     from bentoml_detectron.artifact import code, folder
     from bentoml_detectron.model import check_saveable, take_apart
 
@@ -321,7 +321,7 @@ def save_calibrated(
         )
     old = bento_model.info
     info = _record(
-        _check_tag(name), saved.is_predictor, saved.manifest.versions["detectron2"], dict(old.signatures), old.labels,
+        check_tag(name), saved.is_predictor, saved.manifest.versions["detectron2"], dict(old.signatures), old.labels,
         {**old.metadata, **metadata},
     )  # fmt: skip
     store = Path(BentoMLContainer.model_store_dir.get())
@@ -418,7 +418,8 @@ def _is_newer(info: ModelInfo, present: Path) -> bool:
         return True  # what is there is no whole model
 
 
-def _check_tag(tag_like: object) -> Tag:
+def check_tag(tag_like: object) -> Tag:
+    """A tag as BentoML's; what is none raises InvalidArgumentError."""
     if not isinstance(tag_like, (str, Tag)):
         raise InvalidArgumentError(f"{tag_like!r} is no tag; give a name such as 'mask_rcnn', or a Tag", value=tag_like)
     try:

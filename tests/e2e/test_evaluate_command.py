@@ -143,6 +143,13 @@ def test_two_models_are_compared_on_the_same_images(digits_home, in_process):
         assert {number for each in task["metrics"].values() for number in each.values()} == {0.0}
 
 
+def test_a_precision_is_said_where_it_is_not_fp32(digits_home, in_process):
+    result = ran(digits_home, "digits", "--precision", "auto", "--compare", "digits", *ON_DEMO, "--resamples", "1")
+    assert result.returncode == 0, result.stderr
+    tag = in_process["model"]
+    assert result.stdout.splitlines()[0] == f"{tag} in auto against {tag} on {ANNOTATIONS}"
+
+
 def test_a_worse_model_is_told_apart(digits_home, tmp_path, bentoml_home):
     run_python(
         "import bentoml, torch\n"

@@ -7,34 +7,18 @@ import doctest
 import io
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from bentoml_detectron import Detections, demo
+from documents import blocks, run_in_shell
 from servers import served
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-
-
-def run_in_shell(text: str, folder: Path) -> str:
-    """Lines with a dollar are commands; what follows is their output. Gives what all of them print."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    printed = ""
-    for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
-        result = subprocess.run(
-            command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
-        if output:
-            assert output.strip() in result.stdout
-        printed += result.stdout
-    return printed
+BLOCKS = blocks(README)
 
 
 def run_session(text: str, namespace: dict) -> None:
@@ -62,6 +46,7 @@ def run_blocks(folder: Path, servers: contextlib.ExitStack) -> None:
     """A server runs to the end, on a free port of its own."""
     namespace: dict = {}
     printed = address = ""
+    home = Path(os.environ["BENTOML_HOME"])
     for language, text in BLOCKS:
         if language == "python" and text.startswith(">>>"):
             run_session(text, namespace)
@@ -74,13 +59,13 @@ def run_blocks(folder: Path, servers: contextlib.ExitStack) -> None:
             assert printed == text
         elif language == "console" and text.startswith("$ bentoml serve "):
             command = (*text.split()[2:], "--host", "127.0.0.1")
-            server = servers.enter_context(served(folder, Path(os.environ["BENTOML_HOME"]), *command))
+            server = servers.enter_context(served(folder, home, *command))
             address = f"127.0.0.1:{server.port}"
         elif language == "console" and text.startswith("$ curl "):
             assert address, "nothing serves yet"
-            assert len(Detections.from_json(run_in_shell(text.replace("127.0.0.1:3000", address), folder))) == 7
+            assert len(Detections.from_json(run_in_shell(text.replace("127.0.0.1:3000", address), folder, home))) == 7
         elif language == "console":
-            run_in_shell(text, folder)
+            run_in_shell(text, folder, home)
         else:
             pytest.fail(f"the README has a block of {language!r}, which no test runs")
     assert address

@@ -121,8 +121,9 @@ def test_bentomls_own_commands_list_and_show_the_model(tag, home, tmp_path):
 def test_exported_imported_elsewhere_and_verified(tag, home, tmp_path):
     """The same in another store, which never saw the first, and gone when it is deleted there."""
     other = tmp_path / "other"
-    bentoml(home, "models", "export", tag, "digits.bentomodel", cwd=tmp_path)
-    bentoml(other, "models", "import", "digits.bentomodel", cwd=tmp_path)
+    archive = str(tmp_path / "digits.bentomodel")  # whole: BentoML takes a relative path as if it began at /
+    bentoml(home, "models", "export", tag, archive, cwd=tmp_path)
+    bentoml(other, "models", "import", archive, cwd=tmp_path)
     result = bentoml(other, "detectron", "verify", "digits:latest", cwd=tmp_path)
     assert result.stdout == f"{tag} is what was saved, and finds the same, to the last bit\n"
     assert result.stderr == ""

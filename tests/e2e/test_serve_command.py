@@ -104,7 +104,7 @@ def test_precision_that_the_machine_lacks_is_one_line(digits_home, tmp_path):
     assert "Traceback" not in said
 
 
-def test_it_ends_by_ctrl_c(digits_home, tmp_path):
+def test_it_ends_by_ctrl_c_and_its_log_is_free_of_pytorchs_warnings(digits_home, tmp_path):
     with served(tmp_path, digits_home, *COMMAND) as server:
         process = server.process
         workers = psutil.Process(process.pid).children()
@@ -113,3 +113,4 @@ def test_it_ends_by_ctrl_c(digits_home, tmp_path):
             os.kill(each.pid, signal.SIGINT)
         assert process.wait(60) == 0
         assert "Traceback" not in server.log
+        assert "Warning" not in server.log

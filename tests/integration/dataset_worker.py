@@ -56,7 +56,7 @@ def run(command: dict, said: int) -> None:
     if command.get("limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["limit"], command["limit"]))
     try:
-        report = write("crash", command["source"], command["outputs"], errors=command.get("errors"), chunk=3,
+        report = write("crash", command["source"], command["outputs"], errors=command.get("errors"), chunk=2,
                        resume=command.get("resume", False), parquet_rows="image", progress=progress)  # fmt: skip
         answer = {"status": 0, **asdict(report), "run": progress.images, "changes": count[0]}
     except errors.DetectronError as exc:

@@ -12,8 +12,8 @@ from support import run_python
 
 WARM_UP, SIZES = 30, 200
 MOST_BYTES = 100e6
-"""That the memory may grow by: half a megabyte a size. One copy of the model's weights a size would be 260 MB.
-PyTorch's kernels for 1,024 shapes, which it keeps, and gaps in the heap are the rest."""
+"""That the memory may grow by: half a megabyte a size. One copy of the model's weights a size would be 260 MB. PyTorch's
+kernels for shapes, of which it keeps 1,024, and gaps in the heap are the rest."""
 
 RUN = f"""
 import json, random, statistics, sys, time

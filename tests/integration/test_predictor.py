@@ -13,6 +13,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.postprocessing import sem_seg_postprocess
@@ -90,6 +91,24 @@ def assert_same_panoptic(found: Detections, labels: torch.Tensor, infos: list | 
         assert (segment.id, segment.class_id, segment.is_thing) == (info["id"], info["category_id"], info["isthing"])
         assert (segment.score, segment.detection) == (info.get("score"), info.get("instance_id"))
         assert segment.area == int((labels == info["id"]).sum())
+
+
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+@pytest.mark.parametrize("shortest", [0, 64, 300])
+@pytest.mark.parametrize("kind", ["array", "PIL", "PNG"])
+def test_images_are_scaled_as_detectron2_scales_arrays(kind, shortest, order):
+    """To the last bit, though an encoded image is scaled before it is an array."""
+    array = picture(120, 130)
+    as_pil = Image.fromarray(np.ascontiguousarray(array[:, :, ::-1]))
+    as_pil.save(file := io.BytesIO(), "PNG")
+    predictor = Predictor(nn.Identity(), Input(format=order, min_size_test=shortest, max_size_test=400))
+    given = {"array": array, "PIL": as_pil, "PNG": file.getvalue()}[kind]
+    prepared = predictor.prepare(given, predictor.options())
+    due = array if order == "BGR" else array[:, :, ::-1]
+    if shortest:
+        due = ResizeShortestEdge(shortest, 400).get_transform(due).apply_image(due)
+    assert np.array_equal(prepared.pixels, due)
+    assert prepared.size == (120, 130)
 
 
 @pytest.mark.slow

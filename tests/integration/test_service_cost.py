@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from types import FrameType
+from typing import ClassVar
+from weakref import WeakSet
 
 import bentoml
 import pytest
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
+from opentelemetry.sdk.trace import SpanProcessor
 from prometheus_client import REGISTRY, generate_latest
 from simple_di import sentinel
 from starlette.testclient import TestClient
@@ -20,6 +27,8 @@ from bentoml_detectron import demo
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
+from bentoml_detectron.service.life import give_back_at_rest
+from bentoml_detectron.service.middlewares import Deadline
 
 IMAGE = demo.images()[3].read_bytes()
 CORS = {"enabled": True, "access_control_allow_origins": "http://page.test", "access_control_allow_headers": "authorization"}
@@ -140,4 +149,149 @@ def test_client_that_leaves_is_not_waited_for(demo_predictor):
         assert sent[0]["status"] == 499
 
     bentoml.detectron.save_model("cost", demo_predictor)
+    asyncio.run(scenario())
+
+
+def test_deadline_ends_its_timer_with_the_request():
+    """BentoML's keeps what belongs to each request until its time is over; the loop drops ended timers by and by."""
+    kept: ContextVar[object] = ContextVar("kept")
+
+    class Mark:
+        pass
+
+    async def answer(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def sink(message) -> None:
+        pass
+
+    async def held_after_1000(middleware) -> int:
+        app = middleware(answer, timeout=3600)
+        marks: WeakSet[Mark] = WeakSet()
+
+        async def ask() -> None:
+            kept.set(mark := Mark())
+            marks.add(mark)
+            await app({"type": "http"}, None, sink)
+
+        for _ in range(1000):
+            await asyncio.create_task(ask())
+        gc.collect()
+        return len(marks)
+
+    assert asyncio.run(held_after_1000(Deadline)) < 300
+    assert asyncio.run(held_after_1000(TimeoutMiddleware)) == 1000
+
+
+@pytest.mark.parametrize(("begins", "status"), [(False, 504), (True, 200)])
+def test_deadline_holds_until_an_answer_begins(begins, status):
+    async def slow(scope, receive, send) -> None:
+        if begins:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.2)
+        await send({"type": "http.response.body", "body": b""})
+
+    sent = []
+
+    async def keep(message) -> None:
+        sent.append(message)
+
+    asyncio.run(Deadline(slow, timeout=0.05)({"type": "http", "method": "GET"}, None, keep))
+    assert (sent[0]["status"], len(sent)) == (status, 2)
+
+
+def test_deadline_stands_for_bentomls(saved):
+    """With the user's own time, for all paths."""
+    with served(saved, traffic={"timeout": 77}) as client:
+        app, found = client.app.middleware_stack._app, []
+        while app is not None:
+            found.append(app)
+            app = getattr(app, "app", None)
+    assert [each.timeout for each in found if isinstance(each, Deadline)] == [77]
+    assert not any(isinstance(each, TimeoutMiddleware) for each in found)
+
+
+@pytest.mark.parametrize("exporter", [None, "in_memory"])
+def test_spans_of_messages_are_made_where_they_are_exported(exporter, saved):
+    class Names(SpanProcessor):
+        found: ClassVar[list[str]] = []
+
+        def on_end(self, span) -> None:
+            self.found.append(span.name)
+
+    with served(saved, tracing={"exporter_type": exporter}) as client:
+        BentoMLContainer.tracer_provider.get().add_span_processor(names := Names())
+        names.found.clear()
+        assert client.post("/predict", files={"image": IMAGE}).status_code == 200
+        found = [name for name in names.found if name.startswith("POST /predict")]
+    assert found.count("POST /predict") == 1
+    assert (len(found) > 1) == (exporter is not None)
+
+
+def test_refused_image_is_not_kept_by_its_error(saved):
+    """No frame of this package may be garbage that only a search for cycles frees: it would hold the image."""
+
+    async def scenario() -> list[str]:
+        worker = Worker(Settings())
+        worker.engine = Engine(lambda: bentoml.detectron.load_predictor(saved.tag), lambda stage, value: None, max_queue=4)
+        await worker.engine.loaded()
+        sent = []
+
+        async def send(message) -> None:
+            sent.append(message)
+
+        for content in (IMAGE[:3000], b"GIF89a"):
+            scope = {
+                "type": "http", "method": "POST", "path": "/predict", "query_string": b"",
+                "headers": [(b"content-type", b"image/jpeg")],
+            }  # fmt: skip
+            messages = iter([{"type": "http.request", "body": content}])
+            await Front(lambda *given: None, worker)(scope, lambda messages=messages: _next(messages), send)
+        worker.engine.close()
+        worker.engine.join(10)
+        assert [each["status"] for each in sent if "status" in each] == [400, 415]
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        return [each.f_code.co_qualname for each in gc.garbage if isinstance(each, FrameType) and _is_ours(each)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert asyncio.run(scenario()) == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+async def _next(messages):
+    for message in messages:
+        return message
+    await asyncio.Event().wait()
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return "bentoml_detectron" in Path(frame.f_code.co_filename).parts
+
+
+def test_memory_is_given_back_once_when_no_request_came_for_a_while(monkeypatch):
+    class Counts:
+        admitted, waiting = 0, 0
+
+    given = []
+    monkeypatch.setattr("bentoml_detectron.engines.memory.give_back_freed_memory", lambda: given.append(Counts.admitted))
+
+    async def scenario() -> None:
+        task = asyncio.create_task(give_back_at_rest(Counts(), 0.02))
+        await asyncio.sleep(0.1)
+        assert given == []  # nothing was asked
+        Counts.admitted, Counts.waiting = 3, 1
+        await asyncio.sleep(0.1)
+        assert given == []  # it is still at it
+        Counts.waiting = 0
+        await asyncio.sleep(0.2)
+        assert given == [3]
+        task.cancel()
+
     asyncio.run(scenario())

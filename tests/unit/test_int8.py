@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from detectron2.layers import Conv2d
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
 from bentoml_detectron import engines
 from bentoml_detectron.engines import int8
+from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.engines.quantized import Quantized, Range, mapped, quantize
 
 pytestmark = pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers")
@@ -73,3 +76,17 @@ def test_what_moves_numbers_moves_both_kinds():
 def test_ranges_survive_being_saved():
     calibration = {"backbone.conv": int8.Ranges(Range(-1.5, 2.0), Range(0.0, 3.25))}
     assert int8.from_plain(int8.to_plain(calibration)) == calibration
+
+
+def test_pooling_integers_is_pooling_what_they_stand_for():
+    """Also where a box sticks out, and with a scale and a zero a level."""
+    generator = torch.Generator().manual_seed(0)
+    pooler = Pooler(ROIPooler((5, 5), (0.25, 0.125), 0, "ROIAlignV2"))
+    features = [torch.randn(2, 8, size, size + 3, generator=generator) * 3**level for level, size in enumerate((40, 20))]
+    features = [quantize(each.to(memory_format=torch.channels_last), range_of(each)) for each in features]
+    first = torch.tensor([[-50.0, -20.0, 40.0, 60.0], [10.0, 10.0, 30.0, 20.0]])
+    boxes = [Boxes(first), Boxes(torch.tensor([[0.0, 0.0, 170.0, 300.0]]))]
+    due = pooler([each.float().to(memory_format=torch.channels_last) for each in features], boxes)
+    found = pooler(features, boxes)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - due).abs().max()) < 0.02 * float(due.abs().max())

@@ -45,6 +45,7 @@ def test_bentoml_has_the_same_objects():
         ("import bentoml_detectron; bentoml_detectron.Detections", ["torch", "detectron2"]),
         ("import bentoml_detectron; bentoml_detectron.draw; bentoml_detectron.Limits", ["torch", "detectron2"]),
         ("import bentoml_detectron; bentoml_detectron.evaluate", ["torch", "detectron2", "pycocotools"]),
+        ("import bentoml_detectron; bentoml_detectron.predict; bentoml_detectron.Prediction", ["torch", "pyarrow", "ray", "rich"]),
         ("import bentoml_detectron.cli", ["torch", "detectron2"]),
     ],
 )

@@ -31,7 +31,7 @@ class _Source:
     """Something that finds what is on images.
 
     Attributes:
-        name: Of its model, and where that is.
+        name: Of its model, with the precision unless that is fp32, or where it is.
         thing_classes: The model's names, by id; empty where it has none.
         stuff_classes: The same of stuff.
         predict: What it finds on each file, in order.
@@ -152,7 +152,8 @@ def _local(
 
     known = predictor.dataset
     things, stuff = (known and known.thing_classes) or [], (known and known.stuff_classes) or []
-    yield _Source(str(model.tag), things, stuff, predict)
+    name = str(model.tag) if precision == "fp32" else f"{model.tag} in {precision}"
+    yield _Source(name, things, stuff, predict)
 
 
 def _fail(failure: Failure) -> None:

@@ -36,6 +36,9 @@ _SECONDS = 10.0  # between lines
 @click.option("--image-column", metavar="NAME", help="The images' column in Parquet.")
 @click.option("--key-column", metavar="NAME", help="The names' column in Parquet.")
 @click.option("--chunk", default=100, show_default=True, type=click.IntRange(1), help="Images that a killed run may do again.")
+@click.option("--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="Where the model runs.")
+@click.option("--ray-address", metavar="HOST:PORT", help="Of the Ray cluster; the one on this machine by default.")
+@click.option("--ray-workers", type=click.IntRange(1), help="Processes with the model; one a GPU, or a node, by default.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
 @click.option(
     "--precision",
@@ -61,6 +64,9 @@ def command(
     image_column: str | None,
     key_column: str | None,
     chunk: int,
+    engine: Literal["local", "ray"],
+    ray_address: str | None,
+    ray_workers: int | None,
     device: str,
     precision: Precision,
     score_threshold: float | None,
@@ -99,13 +105,17 @@ def command(
             image_column=image_column,
             key_column=key_column,
             chunk=chunk,
+            engine=engine,
+            ray_address=ray_address,
+            ray_workers=ray_workers,
             progress=progress,
         )
     if not report.images:
         click.echo(f"{', '.join(outputs)}: there already, and no unfinished run; nothing was done")
         return
     new = report.images - report.resumed
-    speed = f", {new:,} of them now, {new / report.seconds:.1f} a second, with the model busy {report.busy:.0%} of the time"
+    share = f", {new:,} of them now" if report.resumed else ""
+    speed = f"{share}, {new / report.seconds:.1f} a second, with the model busy {report.busy:.0%} of the time"
     click.echo(f"{', '.join(outputs)}: {report.images:,} images{speed if new else ''}")
     if report.failures:
         click.echo(f"{report.failures:,} of them could not be used{f'; see {errors}' if errors else ''}", err=True)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from bentoml_detectron.engines import Precision
     from bentoml_detectron.service import Settings
 
+_UNSAID = "ignore:::torch.jit._script,ignore:::torch.functional"
+"""Warnings for those who write programs, as PYTHONWARNINGS has them: by whole names of modules."""
+
 
 @click.command("serve")
 @click.argument("tag")
@@ -108,6 +111,8 @@ def _free(host: str, port: int) -> str:
 
 def _become_server(tag: str, host: str, port: int, workers: int, settings: Settings) -> None:
     """Replaces this process by BentoML's own server, which gets its signals and gives its status."""
+    from bentoml._internal.configuration import get_debug_mode
+
     from bentoml_detectron.service import SERVED_VARIABLE, TOKEN_VARIABLE
 
     is_local = host == "::1" or host.startswith("127.")
@@ -116,6 +121,8 @@ def _become_server(tag: str, host: str, port: int, workers: int, settings: Setti
     # The token stays in its own variable.
     fields = {name: value for name, value in asdict(settings).items() if name != "token"}
     os.environ[SERVED_VARIABLE] = json.dumps({"tag": tag, "workers": workers, "settings": fields})
+    if not get_debug_mode():  # as in the other commands; what the user has set comes after it, and counts for more
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [_UNSAID, os.environ.get("PYTHONWARNINGS")]))
     # Without a limit, a client that does not take its answer would keep a worker that was told to end for a day.
     longest = str(int(settings.request_seconds) + 5)
     command = [

@@ -142,9 +142,11 @@ class Listing:
     """The images of a dataset, in a file, so that a million take no memory; chunks are read from there.
 
     Attributes:
+        path: The file.
         count: How many images there are.
         digest: Of all that is known of them.
         text_ids: Whether their ids are strings.
+        size: Images in a chunk.
     """
 
     def __init__(self, path: Path, items: Iterable[Item], size: int) -> None:
@@ -161,7 +163,7 @@ class Listing:
         self.count = 0
         self.text_ids = False
         self.size = size
-        self._path = path
+        self.path = path
         self._starts = array("Q")
         digest = xxhash.xxh3_128()
         every = iter(items)
@@ -182,12 +184,24 @@ class Listing:
         """How many chunks there are."""
         return len(self._starts) - 1
 
+    def first(self, number: int) -> int:
+        """The position of a chunk's first image, from 1."""
+        return number * self.size + 1
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Where a chunk's images are in the file: the first byte, and how many bytes."""
+        return self._starts[number], self._starts[number + 1] - self._starts[number]
+
     def items(self, number: int) -> list[Item]:
         """A chunk's images."""
-        with self._path.open("rb") as file:
-            file.seek(self._starts[number])
-            lines = file.read(self._starts[number + 1] - self._starts[number]).splitlines()
-        return [_item(line) for line in lines]
+        return listed(self.path, *self.place(number))
+
+
+def listed(path: Path, start: int, size: int) -> list[Item]:
+    """The images in some bytes of a list, which `Listing.place` tells."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return [_item(line) for line in file.read(size).splitlines()]
 
 
 def _line(item: Item) -> bytes:
@@ -206,6 +220,32 @@ def scratch(folder: Path, number: int) -> Path:
     """A new folder for a chunk that is being made; `publish_chunk` takes it."""
     with writing(folder):
         return Path(tempfile.mkdtemp(prefix=f"{number:08d}.", suffix=_SCRATCH, dir=folder))
+
+
+@contextmanager
+def trying(folder: Path, number: int, most: int) -> Iterator[bool]:
+    """Tells whether a chunk may be tried once more, where trying it may end the process.
+
+    Args:
+        folder: Of the chunks.
+        number: The chunk's.
+        most: How many tries may end without a word before there are no more; going on with the run forgets them.
+    """
+    tries = [folder / f"{number:08d}.try{each}{_SCRATCH}" for each in range(most)]
+    with writing(folder):
+        begun = next((path for path in tries if _is_new(path)), None)
+    yield begun is not None
+    if begun is not None:
+        for path in tries:
+            remove(path)
+
+
+def _is_new(path: Path) -> bool:
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def publish_chunk(made: Path, folder: Path, number: int, images: int, failures: int) -> None:

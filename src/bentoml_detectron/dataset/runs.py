@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,18 +16,19 @@ import orjson
 from bentoml_detectron import __version__
 from bentoml_detectron.artifact.files import sync_folder
 from bentoml_detectron.dataset import formats, parts
-from bentoml_detectron.dataset.chunks import CHUNK, Chunk, Clock, check_chunk
+from bentoml_detectron.dataset.chunks import CHUNK, Clock, check_chunk
+from bentoml_detectron.dataset.engine import Engine, Local
 from bentoml_detectron.dataset.parts import CHUNKS, FINISHED, PLAN, RESULT, SOURCES, Listing
 from bentoml_detectron.dataset.sources import Columns, Dataset, Source
-from bentoml_detectron.dataset.work import Work, run
+from bentoml_detectron.dataset.work import Work
 from bentoml_detectron.errors import InvalidArgumentError, OutputError
 from bentoml_detectron.options import Options
 
 if TYPE_CHECKING:
     from bentoml import Model, Tag
 
+    from bentoml_detectron.artifact.manifest import Dataset as Classes
     from bentoml_detectron.engines import Precision
-    from bentoml_detectron.predictor import Predictor
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +41,8 @@ class Report:
         images: How many there are.
         failures: How many of them could not be used.
         resumed: How many an earlier run had done.
-        seconds: From the first image of this run to its last, and their parts.
-        busy: The share of it that the model ran, in [0, 1].
+        seconds: From the first image of this run to its last, and their parts; with Ray, also until its workers have begun.
+        busy: The share of it that the model ran, in [0, 1]; with Ray, the mean of its workers.
     """
 
     images: int
@@ -57,7 +59,7 @@ class Progress:
         """The run begins; an earlier one has done some of its images."""
 
     def advance(self, images: int) -> None:
-        """So many more images came from the model."""
+        """So many more images came from the model; with Ray, a chunk of them."""
 
     def failed(self, message: str) -> None:
         """An image could not be used: "NAME: REASON"."""
@@ -82,6 +84,9 @@ def write(
     image_column: str | None = None,
     key_column: str | None = None,
     chunk: int = CHUNK,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Runs a model over a dataset and writes what it finds; what ``bentoml detectron predict`` does.
@@ -105,6 +110,10 @@ def write(
         image_column:
         key_column:
         chunk: Images of which batches are formed, and which a run that is killed may do again.
+        engine: "local", this process; or "ray", the workers of a Ray cluster, which share the model store, the images and the
+            outputs' folder with this process (docs/scaling.md).
+        ray_address: "HOST:PORT" of the cluster; the one that runs on this machine unless given.
+        ray_workers: How many processes load the model; one a GPU, or with `device_id` "cpu" one a node, unless given.
         progress: Is told how far the run is.
 
     Returns:
@@ -113,21 +122,32 @@ def write(
     Raises:
         OutputError: An output is there already, belongs to another run, or cannot be written. What is finished is kept.
         InvalidArgumentError: (``ValueError``) An argument is out of range, or a source is none.
-        DetectronError: And what `load_predictor` raises.
+        DetectronError: And what `load_predictor` raises; or the cluster is not there, or its workers die again and again.
     """
+    from bentoml import Tag
+
     from bentoml_detectron.store import get
 
-    named = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
-    named += [] if errors is None else [(Path(errors), formats.FAILURES)]
+    where = _engine(engine, ray_address, ray_workers)
+    files = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
+    files += [] if errors is None else [(Path(errors), formats.FAILURES)]
     work = Work(
-        str(get(bento_model).tag if not hasattr(bento_model, "tag") else bento_model.tag), device_id, precision,
-        trust_remote_code, tuple(trusted), score_threshold, None if classes is None else tuple(classes), top_k, None,
-        image_column, tuple(each for _, each in named), None, False, "",
-    )  # fmt: skip
+        model=str(get(bento_model if isinstance(bento_model, (str, Tag)) else bento_model.tag).tag),
+        device_id=device_id,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+        trusted=tuple(trusted),
+        score_threshold=score_threshold,
+        classes=None if classes is None else tuple(classes),
+        top_k=top_k,
+        image_column=image_column,
+        formats=tuple(each for _, each in files),
+    )
     work.writers()  # what they need is installed
     dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column))
-    with parts.held([path for path, _ in named]) as folders:
-        return _Run(work, [path for path, _ in named], folders, progress or Progress()).do(dataset, check_chunk(chunk), resume)
+    paths = [path for path, _ in files]
+    with parts.held(paths) as folders:
+        return _Run(work, paths, folders, where, progress or Progress()).do(dataset, check_chunk(chunk), resume)
 
 
 def _several(outputs: Source | Sequence[Source]) -> Sequence[Source]:
@@ -137,11 +157,24 @@ def _several(outputs: Source | Sequence[Source]) -> Sequence[Source]:
     return found
 
 
+def _engine(name: str, ray_address: str | None, ray_workers: int | None) -> Engine:
+    if name == "ray":
+        from bentoml_detectron.dataset.on_ray import Ray
+
+        return Ray(ray_address, ray_workers)
+    if name != "local":
+        raise InvalidArgumentError(f"engine is {name!r}; give 'local' or 'ray'", value=name)
+    if ray_address is not None or ray_workers is not None:
+        raise InvalidArgumentError("an address and a number of workers are for --engine ray (engine='ray')", value=name)
+    return Local()
+
+
 class _Run:
     """One run, whose outputs' folders are held."""
 
-    def __init__(self, work: Work, outputs: list[Path], folders: list[Path], progress: Progress) -> None:
+    def __init__(self, work: Work, outputs: list[Path], folders: list[Path], engine: Engine, progress: Progress) -> None:
         self._main = folders[0]
+        self._engine = engine
         self._work = replace(work, folder=str(self._main / CHUNKS))
         self._outputs, self._folders, self._progress = outputs, folders, progress
 
@@ -166,8 +199,8 @@ class _Run:
         mark = parts.read_json(self._main / FINISHED)
         before = mark["plan"] if mark else parts.read_json(self._main / PLAN)
         for folder in self._folders[1:]:
-            theirs = parts.read_json(folder / FINISHED) or parts.read_json(folder / PLAN)
-            if theirs and theirs.get("outputs") != self._names():
+            theirs = parts.read_json(folder / PLAN)
+            if (theirs and theirs["outputs"] != self._names()) or (folder / FINISHED).exists():
                 raise OutputError(
                     f"{str(folder)!r} is of an unfinished run with other outputs; finish it, or remove the folder"
                 )
@@ -206,36 +239,33 @@ class _Run:
     def _predict(
         self, listing: Listing, categories: dict[str, int] | None, plan: dict[str, Any], before: dict[str, Any] | None
     ) -> Report:
-        predictor = self._work.predictor()
-        budget = before["max_batch_pixels"] if before else predictor.budget()
-        wanted = predictor.options(
-            score_threshold=self._work.score_threshold, classes=self._work.classes, top_k=self._work.top_k
-        )
-        ids = None if categories is None else category_ids(predictor, wanted, categories)
-        work = replace(self._work, max_batch_pixels=budget, categories=ids, text_ids=listing.text_ids)
-        with parts.writing(self._main):
-            if before is None:
-                (self._main / CHUNKS).mkdir(exist_ok=True)
-                for folder in reversed(self._folders):  # the first one's last: it says that all are there
-                    parts.write_json(folder / PLAN, {**plan, "max_batch_pixels": budget})
-            done, images, failures = parts.finished_chunks(self._main / CHUNKS)
-        self._progress.start(listing.count, images)
-        clock = Clock()
-        chunks = (
-            Chunk(number, number * listing.size + 1, listing.items(number))
-            for number in range(listing.chunks)
-            if number not in done
-        )
-        for each in run(work, predictor, chunks, clock, self._progress.advance):
-            failures += len(each.failures)
-            for message in each.failures:
-                self._progress.failed(message)
-        seconds = clock.seconds
+        with self._engine as engine:
+            model = engine.model(replace(self._work, max_batch_pixels=before["max_batch_pixels"] if before else None))
+            ids = None if categories is None else category_ids(model.dataset, model.wanted, categories)
+            work = replace(self._work, max_batch_pixels=model.budget, categories=ids, text_ids=listing.text_ids)
+            with parts.writing(self._main):
+                if before is None:
+                    self._begin({**plan, "max_batch_pixels": model.budget})
+                done, images, failures = parts.finished_chunks(self._main / CHUNKS)
+            self._progress.start(listing.count, images)
+            clock = Clock()
+            left = [number for number in range(listing.chunks) if number not in done]
+            with closing(engine.run(work, listing, left, clock, self._progress.advance)) as finished:
+                for each in finished:
+                    failures += len(each.failures)
+                    for message in each.failures:
+                        self._progress.failed(message)
+            seconds = clock.seconds
         report = Report(listing.count, failures, images, seconds, clock.busy / seconds if seconds else 0.0)
         with parts.writing(self._main):
             self._join(work, listing.chunks)
             parts.write_json(self._main / FINISHED, {"plan": plan, "report": asdict(report)})
         return report
+
+    def _begin(self, plan: dict[str, Any]) -> None:
+        (self._main / CHUNKS).mkdir(exist_ok=True)
+        for folder in reversed(self._folders):  # the first one's last: it says that all are there
+            parts.write_json(folder / PLAN, plan)
 
     def _join(self, work: Work, count: int) -> None:
         for index, (writer, folder) in enumerate(zip(work.writers(), self._folders, strict=True)):
@@ -273,7 +303,7 @@ def _check_same(before: dict[str, Any], plan: dict[str, Any], folder: Path) -> N
         )
 
 
-def category_ids(predictor: Predictor, wanted: Options, categories: dict[str, int]) -> dict[int, int] | None:
+def category_ids(classes: Classes | None, wanted: Options, categories: dict[str, int]) -> dict[int, int] | None:
     """Ids of an annotation file's categories by the model's class ids, where they have the same names.
 
     Raises:
@@ -281,14 +311,14 @@ def category_ids(predictor: Predictor, wanted: Options, categories: dict[str, in
     """
     from bentoml_detectron.outputs import Names
 
-    names = (predictor.dataset and predictor.dataset.thing_classes) or []
+    names = (classes and classes.thing_classes) or []
     kept = {index: name for index, name in enumerate(names) if wanted.things is None or index in wanted.things}
     known = {index: categories[name] for index, name in kept.items() if name in categories}
     if not known:
         if kept and categories:
             logger.warning("no class of the model has the name of a category of the annotation file; the model's own ids stay")
         return None
-    own = Names(predictor.dataset).categories(np.array([*kept], np.int64))
+    own = Names(classes).categories(np.array([*kept], np.int64))
     ids = dict(zip(kept, kept if own is None else own.tolist(), strict=True))
     lost = [name for index, name in kept.items() if index not in known and ids[index] in categories.values()]
     if lost:

@@ -41,9 +41,9 @@ class Work:
         score_threshold: As in `Predictor`, and so are the next two.
         classes:
         top_k:
-        max_batch_pixels: Most pixels, padding included, in a batch; fixed once, since batches' sizes show in the last digits.
         image_column: Of Parquet files.
         formats: Of the outputs.
+        max_batch_pixels: Most pixels, padding included, in a batch; fixed once, since batches' sizes show in the last digits.
         categories: Ids for COCO results by the model's class ids, where an annotation file has others.
         text_ids: Whether images' ids are strings.
         folder: Of the finished chunks.
@@ -57,12 +57,12 @@ class Work:
     score_threshold: float | None
     classes: tuple[str | int, ...] | None
     top_k: int | None
-    max_batch_pixels: int | None
     image_column: str | None
     formats: tuple[str, ...]
-    categories: dict[int, int] | None
-    text_ids: bool
-    folder: str
+    max_batch_pixels: int | None = None
+    categories: dict[int, int] | None = None
+    text_ids: bool = False
+    folder: str = ""
 
     def predictor(self) -> Predictor:
         """Loads the model; errors are those of `load_predictor`."""

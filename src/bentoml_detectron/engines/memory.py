@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 KEEP = "BENTOML_DETECTRON_KEEP_MEMORY"
 """Set to 0, this environment variable leaves the C library as it is."""
@@ -25,11 +26,26 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it does; not with another C library, nor where the environment says no.
     """
-    if os.environ.get(KEEP) == "0":
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
+    mallopt = _function("mallopt")
+    if mallopt is None:
         return False
     # A C library that has the function without a setting returns 0 and does nothing.
     return all([mallopt(_M_ARENA_MAX, 1), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1), mallopt(_M_MMAP_MAX, 0)])
+
+
+def give_back_freed_memory() -> None:
+    """Gives what is kept back to the system; the next forward pass then takes longer, as it has to ask for it again."""
+    malloc_trim = _function("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _function(name: str) -> Callable[..., int] | None:
+    """One of the C library's; None where it has none, or the environment says no."""
+    if os.environ.get(KEEP) == "0":
+        return None
+    try:
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError):
+        return None
+    return found

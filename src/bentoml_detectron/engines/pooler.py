@@ -39,10 +39,7 @@ class Pooler(nn.Module):
             levels = torch.zeros(len(boxes), dtype=torch.int64)
         known = (levels >= 0) & (levels < len(self._scales))  # boxes with their corners the wrong way round are of no level
         levels = torch.where(known, levels, 0)
-        # The steps of integers from their zeros are whole numbers, which bfloat16 holds; they are scaled when there are fewer.
-        steps = [each.values.to(torch.bfloat16).sub_(each.zero) if isinstance(each, Quantized) else each for each in features]
-        pooled = roi_align(steps, boxes, levels, self._scales, self.output_size, self._sampling_ratio, self._aligned)
-        if any(isinstance(each, Quantized) for each in features):
-            sizes = pooled.new_tensor([each.scale if isinstance(each, Quantized) else 1.0 for each in features])
-            pooled *= sizes[levels, None, None, None]
+        numbers = [each.steps() if isinstance(each, Quantized) else each for each in features]
+        gains = [each.scale if isinstance(each, Quantized) else 1.0 for each in features]
+        pooled = roi_align(numbers, boxes, levels, self._scales, self.output_size, self._sampling_ratio, self._aligned, gains)
         return pooled if bool(known.all()) else pooled * known[:, None, None, None]

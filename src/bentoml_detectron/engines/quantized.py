@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -43,6 +43,13 @@ class Quantized:
     values: torch.Tensor
     scale: float
     zero: int
+    _steps: list[torch.Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def steps(self) -> torch.Tensor:
+        """How many steps from zero each value is: bfloat16, which holds these whole numbers exactly. Made once."""
+        if not self._steps:
+            self._steps.append(self.values.to(torch.bfloat16).sub_(self.zero))
+        return self._steps[0]
 
     @property
     def shape(self) -> torch.Size:
@@ -50,7 +57,7 @@ class Quantized:
         return self.values.shape
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
-        """As numbers; a value's whole number of steps is exact also in bfloat16."""
+        """As numbers."""
         return self.values.to(dtype).sub_(self.zero).mul_(self.scale)
 
     def halved(self) -> Quantized:

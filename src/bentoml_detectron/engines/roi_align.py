@@ -30,6 +30,7 @@ def roi_align(
     output_size: tuple[int, int],
     sampling_ratio: int,
     aligned: bool,
+    gains: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """RoIAlign over the levels of a pyramid; equal to ``torchvision.ops.roi_align`` but for rounding.
 
@@ -41,6 +42,7 @@ def roi_align(
         output_size: Height and width of the output.
         sampling_ratio: Samples a bin along each axis; 0: as many as the bin has pixels, rounded up.
         aligned: Whether pixels' centers are at half a pixel, as in Detectron2's ROIAlignV2.
+        gains: What to multiply each level by; 1 unless given.
 
     Returns:
         (M, C, *output_size), channels-last, of the features' dtype.
@@ -61,6 +63,8 @@ def roi_align(
         step = max(1, _MOST // max(bins * span_y * span_x, along_y.samples(chosen), along_x.samples(chosen)))
         for some in torch.split(chosen, step):
             y, x = along_y.pixels(some, span_y), along_x.pixels(some, span_x)
+            if gains is not None and gains[level] != 1:
+                y = (y[0], y[1] * gains[level])
             pooled.append(_summed(rows[level], y, x, widths[some], first[some]).view(-1, bins * channels))
     output = torch.cat(pooled).index_select(0, order.argsort())
     return output.view(-1, *output_size, channels).permute(0, 3, 1, 2)

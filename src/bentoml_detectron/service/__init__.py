@@ -22,7 +22,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.service import logs
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
-from bentoml_detectron.service.life import drain_on_sigterm, respawn_at_once, share_turns, wait_for_turn
+from bentoml_detectron.service.life import drain_on_sigterm, give_back_at_rest, respawn_at_once, share_turns, wait_for_turn
 from bentoml_detectron.service.metrics import Metrics
 from bentoml_detectron.service.openapi import document
 
@@ -130,11 +130,15 @@ def get_service(
 
         @bentoml.on_startup  # type: ignore[untyped-decorator]
         async def start(self) -> None:
-            if worker.engine is not None:
-                await wait_for_turn(service.name, worker.engine, lambda: worker.draining)
+            if worker.engine is None:
+                return
+            worker.rest = asyncio.create_task(give_back_at_rest(worker.engine))
+            await wait_for_turn(service.name, worker.engine, lambda: worker.draining)
 
         @bentoml.on_shutdown  # type: ignore[untyped-decorator]
         async def stop(self) -> None:
+            if worker.rest is not None:
+                worker.rest.cancel()
             if worker.engine is not None:
                 worker.engine.close()
                 await asyncio.to_thread(worker.engine.join, 10.0)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError
@@ -39,10 +39,22 @@ _LONGEST_WAIT = 60  # seconds that Retry-After says at most
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    prepared: Prepared
+    """A request; `counted` are the pixels that the engine has counted for it, `arrived` is when it was prepared."""
+
     future: asyncio.Future[Any]
     timing: Timing
-    arrived: float = field(default_factory=time.perf_counter)
+    counted: int
+    arrived: float = 0.0
+    _prepared: Prepared | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        if self._prepared is None:
+            raise RuntimeError("the job was not prepared")
+        return self._prepared
+
+    def take(self, prepared: Prepared) -> None:
+        self._prepared, self.arrived = prepared, time.perf_counter()
 
     @property
     def pixels(self) -> int:
@@ -58,6 +70,7 @@ class Engine:
         predictor: None until it is loaded, and after the model's thread has failed.
         failure: Why there is no predictor and will be none, if so.
         max_pixels: Most pixels, padding included, that wait or run; one image alone may have more.
+        admitted: Requests so far.
     """
 
     def __init__(
@@ -81,12 +94,14 @@ class Engine:
         self.predictor: Predictor | None = None
         self.failure: str | None = None
         self.max_pixels = max_pixels
+        self.admitted = 0
         self._load = load
         self._observe = observe
         self._max_queue = max_queue
         self._entered = 0
         self._pixels = 0
         self._seconds_per_image = 0.0
+        self._encoded: deque[tuple[Predictor, bytes, Options, _Job]] = deque()
         self._jobs: deque[_Job] = deque()
         self._wake = threading.Condition()
         self._company = 0  # requests that were here when the last batch ended
@@ -165,20 +180,22 @@ class Engine:
             raise NotReadyError("the model is not loaded")
         pixels = _claimed_pixels(predictor, image)
         self.admit(max(1, pixels))
+        job = _Job(asyncio.get_running_loop().create_future(), timing, pixels)
+        self.admitted += 1
         self._entered += 1
-        self._pixels += pixels
+        self._pixels += job.counted
         try:
-            prepared = await self.run(predictor.prepare, image, wanted, 0, self._told(timing))
-            job = _Job(prepared, asyncio.get_running_loop().create_future(), timing)
-            self._pixels += job.pixels - pixels
-            pixels = job.pixels
-            self._append(job)
+            self._encoded.append((predictor, image, wanted, job))
+            self._decoders.submit(self._prepare)
             result = await job.future
         finally:
             self._entered -= 1
-            self._pixels -= pixels
+            self._pixels -= job.counted
         if isinstance(result, Exception):
-            raise result
+            try:
+                raise result
+            finally:  # or it holds this frame, which holds it and the image
+                del result, job
         return result
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -186,6 +203,25 @@ class Engine:
         if self._ended:
             raise NotReadyError(self._ended)
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *args)
+
+    def _prepare(self) -> None:
+        """Prepares a request in a decoder's thread, which hands on to the model's, so that none waits for the event loop."""
+        predictor, image, wanted, job = self._encoded.popleft()  # no arguments: an error's frames would hold them
+        try:
+            job.take(predictor.prepare(image, wanted, 0, self._told(job.timing)))
+            if job.pixels != job.counted:
+                job.future.get_loop().call_soon_threadsafe(self._count, job)
+            self._append(job)
+        except Exception as exc:
+            _deliver(job, exc)
+        finally:
+            del job  # or an error holds this frame, which holds the job that has the error
+
+    def _count(self, job: _Job) -> None:
+        """Counts the pixels that a job has in fact, which its header did not say."""
+        if not job.future.done():
+            self._pixels += job.pixels - job.counted
+            job.counted = job.pixels
 
     def _append(self, job: _Job) -> None:
         with self._wake:

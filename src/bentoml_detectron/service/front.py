@@ -87,6 +87,7 @@ class Worker:
     openapi: Callable[[], dict[str, Any]] = dict
     engine: Engine | None = None
     metrics: Metrics | None = None
+    rest: asyncio.Task[None] | None = None
     draining: bool = False
 
     def drain(self) -> None:
@@ -359,8 +360,10 @@ async def _while_connected(work: Any, receive: Receive) -> Any:
             return task.result()
         raise DisconnectedError
     finally:
-        for each in (task, gone):
-            each.cancel()
+        task.cancel()
+        gone.cancel()
+        # Otherwise an error holds this frame, which holds the error's task: the image would stay until it is found as garbage.
+        del task, gone
 
 
 async def _disconnect(receive: Receive) -> None:

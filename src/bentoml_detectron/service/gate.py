@@ -21,6 +21,8 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
 
+from bentoml_detectron.service import middlewares
+
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
@@ -79,6 +81,7 @@ def install(router: Any, paths: Collection[str]) -> None:
         paths: Those that this package's middleware answers.
     """
     if isinstance(router, Starlette) and router.middleware_stack is not None:
+        middlewares.make_lean(router.middleware_stack)
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
         router.middleware_stack = Gate(router.middleware_stack, router, paths)
 

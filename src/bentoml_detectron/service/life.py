@@ -20,8 +20,29 @@ if TYPE_CHECKING:
 
 _POLL = 0.02
 """Seconds between two looks at whether a worker may listen."""
+REST_SECONDS = 5.0
 _PAUSE = 1.0
 """Least seconds between two looks at the workers, so that one that ends as it begins is not started all the time."""
+
+
+async def give_back_at_rest(engine: Engine, seconds: float = REST_SECONDS) -> None:
+    """Gives the memory that the C library keeps back to the system, once, when no request came for a while.
+
+    Otherwise a worker holds for ever what its largest requests together once needed, and meets more of these as time goes by.
+
+    Args:
+        engine: Whose requests are counted.
+        seconds: The while; it takes up to twice as long.
+    """
+    from bentoml_detectron.engines.memory import give_back_freed_memory
+
+    last = given = 0
+    while True:
+        await asyncio.sleep(seconds)
+        if engine.admitted == last != given and not engine.waiting:
+            given = last
+            await asyncio.to_thread(give_back_freed_memory)
+        last = engine.admitted
 
 
 def drain_on_sigterm(begin: Callable[[], None], seconds: float) -> None:
