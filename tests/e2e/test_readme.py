@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import json
 import os
 import re
 from pathlib import Path
@@ -37,6 +38,7 @@ def test_every_block(tmp_path, monkeypatch):
     (tmp_path / "picture.jpg").write_bytes(demo.images()[3].read_bytes())
     (tmp_path / "config.yaml").write_bytes(Path(demo.__file__).with_name("config.yaml").read_bytes())
     (tmp_path / "model_final.pth").write_bytes(Path(demo.__file__).with_name("weights.pth").read_bytes())
+    (tmp_path / "train.json").write_text(json.dumps(demo.ground_truth()))
     with contextlib.ExitStack() as servers:
         run_blocks(tmp_path, servers)
     assert (tmp_path / "demo.png").stat().st_size > 10_000
