@@ -1,9 +1,9 @@
 """A whole dataset on a Ray cluster: images a second with one and with two workers, against the local engine.
 
-The cluster is one node on this machine, which this script starts, on 127.0.0.1 alone, and ends. All workers have one thread;
-the local engine is measured with one and with all. "In all" is from the command's first line to its last output, with the
-connection, the start of the workers and the loading of their models; "between chunks" is from the first finished chunk to the
-last, so that it is what a dataset a hundred times as long has. The dataset is the demo's images, linked again and again.
+The cluster is one node with two cores on this machine, which this script starts, on 127.0.0.1 alone, and ends. One worker has
+two threads, two have one each; the local engine is measured with one and with all. "In all" is from the call of `write` to its
+end, with the connection, the start of the workers and the loading of their models; "between chunks" is from the first finished
+chunk to the last: what long runs come to. The dataset is the demo's images, linked again and again.
 
 Usage::
 
