@@ -53,7 +53,7 @@ def test_it_reports_and_saves_and_the_next_command_is_right(digits_home, tmp_pat
     ("arguments", "message"),
     [
         (["digits", "--calibration", "no/such/folder", "--name", "x"], "no/such/folder"),
-        (["digits", "--calibration", ".", "--name", "Wrong Name"], "Wrong Name"),
+        (["digits", "--calibration", ".", "--name", "no/name"], "no/name"),
         (["no_such_model", "--calibration", ".", "--name", "x"], "no_such_model"),
     ],
 )

@@ -152,9 +152,14 @@ class Convolution:
 
 
 def _convolutions(graph: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Convolutions that `fusion` may compute, by name, but for those of an image."""
+    """Convolutions that `fusion` may compute, by name, but for those of an image, and of windows with strides.
+
+    Of the latter oneDNN's kernel for integers computes something else where a map is one or two pixels wide and many high.
+    """
     for name, module in graph.named_modules():
-        if fusion.is_convolution(module) and module.in_channels >= _LEAST_CHANNELS:
+        if not fusion.is_convolution(module) or module.in_channels < _LEAST_CHANNELS:
+            continue
+        if max(module.kernel_size) == 1 or max(module.stride) == 1:
             yield name, module
 
 
