@@ -102,7 +102,7 @@ def measured(*arguments: object) -> dict[str, float]:
         [sys.executable, __file__, "--child", *map(str, arguments)], capture_output=True, text=True, timeout=600
     )
     if result.returncode:
-        raise SystemExit(result.stderr)
+        raise SystemExit(f"ended with {result.returncode}: {result.stderr}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -117,6 +117,7 @@ def main() -> None:
         child(engine, int(workers), int(threads), images, address)
         return
     os.environ.update(ENVIRONMENT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and the cluster with it
     with tempfile.TemporaryDirectory(prefix="bench-ray-") as home:
         os.environ["BENTOML_HOME"] = home
         save = "import bentoml\nfrom bentoml_detectron import demo\nbentoml.detectron.save_model('digits', demo.predictor())"
