@@ -51,7 +51,9 @@ def loop(images: Path, folder: Path, writes: bool) -> dict[str, float]:
 
 def ours(images: Path, folder: Path, outputs: list[str]) -> dict[str, float]:
     from bentoml_detectron.dataset import write
+    from bentoml_detectron.store import load_predictor
 
+    load_predictor("digits")  # as the loop's: what is imported by it is not timed
     start = time.perf_counter()
     report = write("digits", images, [folder / each for each in outputs])
     seconds = time.perf_counter() - start

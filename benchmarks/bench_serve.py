@@ -14,7 +14,7 @@ Usage::
 
     pip install --target FOLDER fastapi litserve python-multipart uvicorn
     python benchmarks/bench_serve.py --rivals FOLDER [--rounds 3] [--seconds 3] [--only NAME ...]
-        [--variants VARIABLE=VALUE ...]
+        [--variants VARIABLE=VALUE ...] [--busy PROCESSES]
 
 wrk: ``apt-get install wrk``. The other servers have a folder of their own, which their processes alone see: they bring uvloop
 and httptools, on which this package's service would run too.
@@ -227,13 +227,15 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="*", default=[], help="this package's server again, each with an environment variable"
     )
+    parser.add_argument("--busy", type=int, default=0, help="processes that use a core each meanwhile")
     options = parser.parse_args()
     if lacks := missing(options.rivals.resolve(), options.only):
         sys.exit("missing: " + "; ".join(lacks))
     commands = {name: (COMMANDS[name], {}) for name in options.only}
     commands |= {f"{OURS}, {each}": (SERVE, dict([each.split("=", 1)])) for each in options.variants}
     folder = Path(home.name)
-    report_rates(folder, commands, options.rivals.resolve(), options.rounds, options.seconds)
+    with serving.busy(options.busy):
+        report_rates(folder, commands, options.rivals.resolve(), options.rounds, options.seconds)
 
 
 if __name__ == "__main__":

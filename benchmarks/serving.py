@@ -70,6 +70,18 @@ class Server:
 
 
 @contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Lets some processes use a core each while the context lasts."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for each in processes:
+            each.kill()
+            each.wait()
+
+
+@contextmanager
 def started(command: list[str], given: Mapping[str, str], log: Path, folder: Path | None = None) -> Iterator[Server]:
     """Runs a server while the context lasts; it ends by SIGTERM to the session that was started.
 

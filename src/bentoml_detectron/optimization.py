@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from bentoml import Model, Tag
 
-from bentoml_detectron import engines, store
+from bentoml_detectron import engines, selftest, store
 from bentoml_detectron.errors import InvalidArgumentError, OptimizationError
 from bentoml_detectron.images import ImageLike
 from bentoml_detectron.model import load, module_of
@@ -248,9 +248,4 @@ def _ious(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.fl
 
 def _classes(found: Detections) -> NDArray[Any] | None:
     """The class of each pixel, where there is a map."""
-    if found.panoptic is None:
-        return found.semantic
-    table = np.zeros(int(max([found.panoptic.ids.max(), *(each.id for each in found.panoptic.segments)])) + 1, np.int64)
-    for segment in found.panoptic.segments:
-        table[segment.id] = 1 + 2 * segment.class_id + segment.is_thing
-    return np.asarray(table[found.panoptic.ids])
+    return found.semantic if found.panoptic is None else selftest.panoptic_classes(found)

@@ -340,7 +340,7 @@ def _alike(due: Detections, got: Detections, tolerance: Tolerance) -> dict[str, 
     if due.semantic is not None and got.semantic is not None:
         shares["semantic pixels"] = float((due.semantic == got.semantic).mean())
     if due.panoptic is not None and got.panoptic is not None:
-        shares["panoptic pixels"] = float((_classes(due) == _classes(got)).mean())
+        shares["panoptic pixels"] = float((panoptic_classes(due) == panoptic_classes(got)).mean())
     return shares
 
 
@@ -366,8 +366,8 @@ def _iou(one: rle_masks.RLE, other: rle_masks.RLE) -> float:
     return float((first & second).sum() / union) if union else 1.0
 
 
-def _classes(found: Detections) -> NDArray[np.int64]:
-    """A panoptic map's classes: things and stuff apart, 0 where there is nothing."""
+def panoptic_classes(found: Detections) -> NDArray[np.int64]:
+    """A panoptic map's classes, (H, W): things and stuff apart, 0 where there is nothing."""
     if found.panoptic is None:
         return np.zeros(found.image_size, np.int64)
     table = np.zeros(max(found.panoptic.ids.max(), *(segment.id for segment in found.panoptic.segments), 0) + 1, np.int64)

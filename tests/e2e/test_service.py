@@ -9,11 +9,12 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
-from bentoml_detectron import Detections, demo
-from servers import BENTOML, environment, served, write_service
+from bentoml_detectron import Detections, demo, threads
+from servers import BENTOML, Server, environment, served, write_service
 from support import run_python
 
 pytestmark = pytest.mark.slow
@@ -28,9 +29,19 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(project, digits_home) -> Iterator[str]:
+def server(project, digits_home) -> Iterator[Server]:
     with served(project, digits_home) as server:
-        yield server.url
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(server) -> str:
+    return server.url
+
+
+def test_workers_threads_wait_for_each_other_no_longer_than_they_should(server):
+    for each in psutil.Process(server.process.pid).children():
+        assert each.environ().items() >= threads.environment().items()
 
 
 def test_form_gives_what_the_predictor_gives(url, demo_predictor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 import warnings
@@ -9,6 +10,8 @@ from importlib import import_module
 from typing import Any
 
 import click
+
+from bentoml_detectron import threads
 
 COMMANDS = ("demo", "evaluate", "optimize", "predict", "save", "serve", "verify")
 
@@ -28,6 +31,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         from bentoml._internal.configuration import get_debug_mode
 
+        os.environ.update(threads.environment())  # before a command imports PyTorch
         is_debug = get_debug_mode()  # BentoML gives each of its commands the option --debug
         with warnings.catch_warnings():
             if not is_debug:  # what these warn of is for those who write programs

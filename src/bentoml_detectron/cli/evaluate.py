@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bentoml_detectron.cli import options
 from bentoml_detectron.errors import ImageError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -59,16 +60,10 @@ class _Source:
 @click.option("--resamples", default=1000, show_default=True, type=click.IntRange(min=1), help="Of --compare's bootstrap.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of --compare's bootstrap.")
 @click.option("--connections", default=4, show_default=True, type=click.IntRange(1, 256), help="Requests at once to --url.")
-@click.option("--device", default="cpu", show_default=True, help="Where models are run: cpu, cuda:0.")
-@click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
-    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Import the source that a model brings along.")
-@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that a model may import; repeatable.")
+@options.device
+@options.precision
+@options.trust_remote_code
+@options.trusted
 def command(
     tag: str | None,
     annotations: Path,
@@ -177,18 +172,9 @@ def _served(tag: str | None, url: str, connections: int) -> Iterator[_Source]:
 
 
 def _measured(truth: GroundTruth, files: list[Path], evaluate: Callable[..., Evaluation], source: _Source) -> Evaluation:
-    found = _watched(source.predict(files), len(files), source.name)
+    found = options.watched(source.predict(files), source.name, len(files))
     pairs = zip((each.id for each in truth.images), found, strict=True)
     return evaluate(pairs, truth, thing_classes=source.thing_classes, stuff_classes=source.stuff_classes)
-
-
-def _watched(found: Iterable[_T], count: int, name: str) -> Iterable[_T]:
-    """The same, with a bar of how many are done where someone looks."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(found, name, total=count, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file: Path | None) -> None:

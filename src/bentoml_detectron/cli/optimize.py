@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+
+from bentoml_detectron.cli import options
 
 if TYPE_CHECKING:
     from bentoml_detectron.optimization import Measure, Report
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
               help="COCO annotations of images in that folder, to measure AP before and after.")  # fmt: skip
 @click.option("--name", required=True, help="The new model's name, or NAME:VERSION.")
 @click.option("--force", is_flag=True, help="Save it also where it is slower, or finds something else than allowed.")
-@click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
-@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
+@options.trust_remote_code
+@options.trusted
 def command(
     tag: str,
     precision: str,
@@ -58,7 +59,7 @@ def command(
         force=force,
         trust_remote_code=trust_remote_code,
         trusted=trusted,
-        track=_track,
+        track=options.watched,
     )
     for line in _lines(report):
         click.echo(line)
@@ -74,7 +75,7 @@ def _measure(annotations: Path, folder: Path) -> Measure:
 
     def measure(predictor: Predictor) -> Mapping[str, float]:
         known = predictor.dataset
-        found = ((image, predictor([path])[0]) for image, path in _track(files.items(), "evaluating", len(files)))
+        found = ((image, predictor([path])[0]) for image, path in options.watched(files.items(), "evaluating", len(files)))
         evaluation = evaluate(
             found,
             truth,
@@ -85,15 +86,6 @@ def _measure(annotations: Path, folder: Path) -> Measure:
                 for metric, value in list(task.metrics.items())[:1]}  # fmt: skip
 
     return measure
-
-
-def _track(items: Iterable[Any], title: str, count: int) -> Iterable[Any]:
-    """The same, with a bar of how many are done where someone looks."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, title, total=count, console=console, transient=True, disable=not sys.stderr.isatty())
 
 
 def _lines(report: Report) -> list[str]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from bentoml_detectron.cli import options
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
@@ -39,19 +41,13 @@ _SECONDS = 10.0  # between lines
 @click.option("--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="Where the model runs.")
 @click.option("--ray-address", metavar="HOST:PORT", help="Of the Ray cluster; the one on this machine by default.")
 @click.option("--ray-workers", type=click.IntRange(1), help="Processes with the model; one a GPU, or a node, by default.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
-@click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
-    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
-)
+@options.device
+@options.precision
 @click.option("--score-threshold", type=float, help="From 0 to 1; the model's own by default.")
 @click.option("--classes", multiple=True, metavar="CLASSES", help="Names or ids, with commas between; repeatable.")
 @click.option("--top-k", type=int, help="At most so many detections an image, the best.")
-@click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
-@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
+@options.trust_remote_code
+@options.trusted
 def command(
     tag: str,
     sources: tuple[str, ...],

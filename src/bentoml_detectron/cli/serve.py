@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bentoml_detectron.cli import options
+
 if TYPE_CHECKING:
     from bentoml_detectron.engines import Precision
     from bentoml_detectron.service import Settings
@@ -25,16 +27,10 @@ _UNSAID = "ignore:::torch.jit._script,ignore:::torch.functional"
 @click.option("--host", default="127.0.0.1", show_default=True, help="IP address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes, each with the model.")
-@click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
-@click.option(
-    "--precision",
-    default="fp32",
-    show_default=True,
-    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
-    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
-@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
+@options.device
+@options.precision
+@options.trust_remote_code
+@options.trusted
 @click.option("--max-queue", default=32, show_default=True, type=click.IntRange(min=1), help="Most that wait, a worker.")
 @click.option("--max-body-bytes", default=20 << 20, show_default=True, type=click.IntRange(min=1), help="Largest body.")
 @click.option("--max-image-pixels", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Largest image.")

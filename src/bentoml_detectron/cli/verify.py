@@ -6,12 +6,14 @@ import sys
 
 import click
 
+from bentoml_detectron.cli import options
+
 
 @click.command("verify")
 @click.argument("tag")
 @click.option("--device", default="cpu", show_default=True, help="Where the self-test runs: cpu, cuda:0.")
-@click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
-@click.option("--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable.")
+@options.trust_remote_code
+@options.trusted
 def command(tag: str, device: str, trust_remote_code: bool, trusted: tuple[str, ...]) -> None:
     """Check a saved model's files, weights and self-test. Exit status 1 where there is a problem.
 

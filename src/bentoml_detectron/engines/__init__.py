@@ -7,10 +7,8 @@ engine cannot run, or does not run right, stays as it is.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +18,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, Standar
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from bentoml_detectron.engines import anchors, eager, fusion, int8, normalization, proposals
+from bentoml_detectron.engines import anchors, eager, fusion, int8, normalization, processor, proposals
 from bentoml_detectron.engines.graph import Graph
 from bentoml_detectron.engines.memory import keep_freed_memory
 from bentoml_detectron.engines.parts import Example, Part, Replacement, find, record, replaced, with_module
@@ -78,11 +76,7 @@ def has_bf16(device: torch.device = _CPU) -> bool:
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    try:
-        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(processor.features())
 
 
 def has_int8() -> bool:

@@ -7,10 +7,8 @@ one convolution to the next.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,7 +16,7 @@ from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import nn
 
-from bentoml_detectron.engines import fusion
+from bentoml_detectron.engines import fusion, processor
 from bentoml_detectron.engines.quantized import Features, Quantized, Range, quantize
 
 _LEAST_CHANNELS = 8
@@ -52,11 +50,7 @@ def from_plain(plain: Mapping[str, tuple[float, float, float, float]]) -> dict[s
 
 def is_there() -> bool:
     """Whether this PyTorch has the operators, and this processor multiplies 8-bit integers without saturating."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    multiplies = flags is not None and not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(flags[1].split())
+    multiplies = not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(processor.features())
     return multiplies and fusion.is_there() and hasattr(torch.ops.onednn, "qconv2d_pointwise")
 
 

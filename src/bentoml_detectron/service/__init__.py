@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,7 @@ from bentoml.models import BentoModel
 from bentoml.validators import ContentType
 from starlette.exceptions import HTTPException
 
-from bentoml_detectron import __version__
+from bentoml_detectron import __version__, threads
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.service import logs
 from bentoml_detectron.service.engine import Engine
@@ -82,6 +82,7 @@ def get_service(
     prefix = _prefix(service_config.get("path_prefix"))
     if prefix:
         service_config["path_prefix"] = prefix
+    service_config["envs"] = [*service_config.get("envs", []), *_environment(service_config.get("envs", []))]
     # BentoML's own deadline comes after this package's, which counts what it ends.
     service_config["traffic"] = {"timeout": worker.settings.request_seconds + 10, **service_config.get("traffic", {})}
 
@@ -171,6 +172,12 @@ def _prefix(given: object) -> str:
     if not isinstance(given, str) or not re.fullmatch(r"/?[\w.~-]+(/[\w.~-]+)*/?", given, re.ASCII):
         raise InvalidArgumentError(f"path_prefix is {given!r}; give a path such as '/v1'", value=given)
     return "/" + given.strip("/")
+
+
+def _environment(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Variables for the workers beside those given, as BentoML's ``envs``."""
+    known = {each["name"] for each in given}
+    return [{"name": name, "value": value} for name, value in threads.environment().items() if name not in known]
 
 
 def _with_token(settings: Settings) -> Settings:

@@ -1,0 +1,32 @@
+"""What several commands share: the options by which a model is loaded, and a bar of what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import click
+
+_T = TypeVar("_T")
+
+device = click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
+precision = click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
+    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
+)
+trust_remote_code = click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
+trusted = click.option(
+    "--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable."
+)
+
+
+def watched(items: Iterable[_T], title: str, count: int) -> Iterable[_T]:
+    """The same items, with a bar on stderr of how many of `count` are done where someone looks."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, title, total=count, console=console, transient=True, disable=not console.is_terminal)

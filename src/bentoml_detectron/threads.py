@@ -1,0 +1,15 @@
+"""How long PyTorch's threads wait for each other at full speed, which is decided by a variable of the environment."""
+
+from __future__ import annotations
+
+import os
+
+_SPINS = "20000"
+"""Turns before a thread sleeps. GNU's OpenMP takes 300,000 unless told, which is a millisecond at each of a model's hundreds of
+small steps: wherever another thread or process wants a core, the one that is waited for does not get it."""
+
+
+def environment() -> dict[str, str]:
+    """What is to be in a process's environment before PyTorch is there; nothing where the user has decided."""
+    decided = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+    return {} if decided else {"GOMP_SPINCOUNT": _SPINS}
