@@ -10,7 +10,7 @@ from PIL import Image
 from bentoml_detectron import images
 from bentoml_detectron.errors import DependencyMissingError, InvalidArgumentError
 from bentoml_detectron.images import ImageLike
-from bentoml_detectron.masks import crop
+from bentoml_detectron.masks import columns, crop
 from bentoml_detectron.results import VOID, Detections, PanopticSegmentation
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ def _of_masks(found: Detections, colors: int) -> NDArray[np.uint8]:
     areas = [int(runs[1::2].sum()) for *_, runs in crops]
     for index in np.argsort(areas)[::-1].tolist():
         x, y, across, down, runs = crops[index]
-        on = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(across, down)
-        np.copyto(colored[x : x + across, y : y + down], np.uint8(found.class_ids[index] % colors + 1), where=on)
+        color = np.uint8(found.class_ids[index] % colors + 1)
+        np.copyto(colored[x : x + across, y : y + down], color, where=columns(runs, down, across))
     return np.asarray(Image.fromarray(colored).transpose(Image.Transpose.TRANSPOSE))
 
 

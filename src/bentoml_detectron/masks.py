@@ -118,7 +118,12 @@ def decode(rle: RLE) -> NDArray[np.bool_]:
         InvalidArgumentError: The RLE is malformed; nothing was allocated for its pixels.
     """
     counts, height, width = _counts(rle)
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+    return columns(counts, height, width).T
+
+
+def columns(runs: Positions, height: int, width: int) -> NDArray[np.bool_]:
+    """The bitmap of runs, off first, column by column; transposed, (W, H)."""
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height)
 
 
 def check(rle: RLE, image_size: tuple[int, int]) -> None:
@@ -201,7 +206,7 @@ def to_polygons(rle: RLE) -> list[list[float]]:
     """
     x, y, width, height, runs = crop(rle)
     padded = np.zeros((height + 2, width + 2), np.bool_)
-    padded[1:-1, 1:-1] = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    padded[1:-1, 1:-1] = columns(runs, height, width).T
     return [(np.array(outline) + (x, y)).ravel().astype(float).tolist() for outline in outlines(padded)]
 
 

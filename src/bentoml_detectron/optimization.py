@@ -106,15 +106,17 @@ def optimize(
 
     Raises:
         InvalidArgumentError: (``ValueError``) There are no images, or `name` is no tag.
+        SaveError: The new model's version exists already.
         OptimizationError: The model in int8 is slower than in fp32, or drifts more than allowed; nothing was saved.
         DetectronError: And what `load_predictor` raises.
     """
     if not images:
         raise InvalidArgumentError("there are no images to calibrate on; give some as the model will see them", value=0)
     engines.check("int8")
-    store.check_tag(name)
+    store.check_new(name)
     found = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
     saved = store.open_model(found, trust_remote_code=trust_remote_code, trusted=trusted)
+    store.manifest_of(found, saved)  # or all would be for nothing
     module = module_of(load(saved, "cpu"))
 
     def predictor(view: Any) -> Predictor:

@@ -147,9 +147,10 @@ def _semantic(logits: torch.Tensor, part: tuple[int, int] | None, size: tuple[in
     Logits are scaled to the image as Detectron2's ``sem_seg_postprocess`` does, some classes at a time: those of 54 classes
     for a picture of 25 megapixels would take 5.4 GB.
     """
-    if part is None:
+    if part is not None:
+        logits = logits[:, : part[0], : part[1]]
+    if part is None or part == size:
         return logits.argmax(dim=0).cpu().numpy()
-    logits = logits[:, : part[0], : part[1]]
     step = max(1, _MAX_VALUES // (size[0] * size[1]))
     best = labels = torch.empty(0)
     for start in range(0, len(logits), step):
@@ -172,36 +173,38 @@ def _map(labels: NDArray[np.int64], classes: int) -> NDArray[Any]:
 def _combined(
     instances: Instances, masks: list[RLE], labels: NDArray[np.int64], overlap: float, stuff_area: float, score: float
 ) -> PanopticSegmentation:
-    """Things over stuff, as in Panoptic FPN (Kirillov et al. 2019, section 3), with one mask in memory at a time.
+    """Things over stuff, as in Panoptic FPN (Kirillov et al. 2019, section 3), each mask no larger than its tight box.
 
     Equal to Detectron2's ``combine_semantic_and_instance_outputs``: instances in the order of their scores take what is free,
     unless too much of them is taken; then each stuff class takes what is left, where that is enough.
     """
-    ids = np.zeros(labels.shape, np.int32)
+    columns = np.zeros(labels.shape[::-1], np.int32)  # as RLEs have their pixels
     segments: list[Segment] = []
     scores = instances.scores
     for index in torch.argsort(-scores).tolist():
         if scores[index].item() < score:
             break
-        mask = rle_masks.decode(masks[index])
-        area = int(mask.sum())
-        free = mask & (ids == 0)
-        left = int(free.sum())
+        x, y, width, height, runs = rle_masks.crop(masks[index])
+        inside = columns[x : x + width, y : y + height]
+        free = rle_masks.columns(runs, height, width) & (inside == 0)
+        area, left = int(runs[1::2].sum()), int(np.count_nonzero(free))
         if not area or (area - left) / area > overlap:
             continue
-        ids[free] = len(segments) + 1
+        inside[free] = len(segments) + 1
         class_id = int(instances.pred_classes[index])
         segments.append(Segment(len(segments) + 1, class_id, "", True, left, scores[index].item(), None, index))
+    ids = np.ascontiguousarray(columns.T)
     free = ids == 0
-    counts = np.bincount(labels[free].ravel(), minlength=1)
-    for class_id in np.unique(labels).tolist():
-        if class_id == 0:  # stands for all things
+    there = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+    counts = np.bincount(labels[free], minlength=there[-1] + 1)
+    table = np.zeros(there[-1] + 1, np.int32)
+    for class_id in there:
+        area = int(counts[class_id])
+        if class_id == 0 or area < stuff_area:  # 0 stands for all things
             continue
-        area = int(counts[class_id]) if class_id < len(counts) else 0
-        if area < stuff_area:
-            continue
-        ids[free & (labels == class_id)] = len(segments) + 1
+        table[class_id] = len(segments) + 1
         segments.append(Segment(len(segments) + 1, class_id, "", False, area))
+    ids[free] = table[labels[free]]
     return PanopticSegmentation(ids, tuple(segments))
 
 

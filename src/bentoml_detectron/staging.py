@@ -78,8 +78,7 @@ def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Ca
     try:
         sync(content)
         with _locked(_area(store)):
-            if final.exists():
-                raise SaveError(f"{name}:{version} is in the model store already; give a new version", value=str(final))
+            check_free(store, name, version)
             final.parent.mkdir(exist_ok=True)
             try:
                 _move_in(content, final, is_newer)
@@ -90,6 +89,17 @@ def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Ca
     except OSError as exc:
         raise SaveError(f"cannot put {name}:{version} into the model store {store}: {exc}", value=str(final)) from exc
     return final
+
+
+def check_free(store: Path, name: str, version: str) -> None:
+    """Checks that a version is not in the store, which spares the work on what could not be put there.
+
+    Raises:
+        SaveError: It is.
+    """
+    final = store / name / version
+    if final.exists():
+        raise SaveError(f"{name}:{version} is in the model store already; give a new version", value=str(final))
 
 
 def _move_in(content: Path, final: Path, is_newer: Callable[[Path], bool]) -> None:

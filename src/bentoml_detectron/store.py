@@ -25,7 +25,7 @@ from bentoml_detectron.errors import (
     ModelNotFoundError,
     SaveError,
 )
-from bentoml_detectron.staging import publish, staged
+from bentoml_detectron.staging import check_free, publish, staged
 
 # BentoML's adapters, its own and those of other distributions, all build on these.
 from bentoml._internal.configuration.containers import BentoMLContainer  # isort: skip
@@ -265,7 +265,7 @@ def save_model(
         predictor = DefaultPredictor(cfg)
         bento_model = bentoml.detectron.save_model("mask_rcnn", predictor)
     """
-    tag = check_tag(name)
+    tag = check_new(name)
     from bentoml_detectron.artifact import code, folder
     from bentoml_detectron.model import check_saveable, take_apart
 
@@ -314,14 +314,10 @@ def save_calibrated(
     from bentoml_detectron.artifact import folder
     from bentoml_detectron.engines import int8
 
-    if saved.manifest is None:
-        raise InvalidModelError(
-            f"BentoML's own adapter saved {bento_model.tag}; load it and save it with bentoml.detectron.save_model first",
-            value=str(bento_model.tag),
-        )
+    own = manifest_of(bento_model, saved)
     old = bento_model.info
     info = _record(
-        check_tag(name), saved.is_predictor, saved.manifest.versions["detectron2"], dict(old.signatures), old.labels,
+        check_new(name), saved.is_predictor, own.versions["detectron2"], dict(old.signatures), old.labels,
         {**old.metadata, **metadata},
     )  # fmt: skip
     store = Path(BentoMLContainer.model_store_dir.get())
@@ -330,9 +326,19 @@ def save_calibrated(
         content.mkdir()
         with (content / RECORD).open("w", encoding="utf-8") as file:
             info.dump(file)
-        folder.copy_calibrated(saved.folder, content, saved.manifest, int8.to_plain(calibration))
+        folder.copy_calibrated(saved.folder, content, own, int8.to_plain(calibration))
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
     return get(info.tag)
+
+
+def manifest_of(bento_model: Model, saved: SavedModel) -> manifest.Manifest:
+    """What a saved model says of itself; InvalidModelError where BentoML's own adapter saved it, which writes no manifest."""
+    if saved.manifest is None:
+        raise InvalidModelError(
+            f"BentoML's own adapter saved {bento_model.tag}; load it and save it with bentoml.detectron.save_model first",
+            value=str(bento_model.tag),
+        )
+    return saved.manifest
 
 
 def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) -> SelfTest | None:
@@ -429,6 +435,14 @@ def check_tag(tag_like: object) -> Tag:
             f"{tag_like!r} is no tag: {exc}. Give 'name' or 'name:version', in lower case letters, digits, '_', '-' and '.'",
             value=tag_like,
         ) from exc
+
+
+def check_new(name: Tag | str) -> Tag:
+    """The tag of a model that is to be saved; InvalidArgumentError where it is none, SaveError where it is there already."""
+    tag = check_tag(name)
+    if tag.version is not None:
+        check_free(Path(BentoMLContainer.model_store_dir.get()), tag.name, tag.version)
+    return tag
 
 
 def _check_framework(model: Model) -> None:

@@ -12,6 +12,8 @@ import torch
 from bentoml._internal.frameworks import detectron as adapter
 from detectron2.engine import DefaultPredictor
 
+from bentoml_detectron import engines, errors
+from bentoml_detectron.optimization import optimize
 from support import assert_same, built, checkpoint, picture, small_cfg, tiny_cfg
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "bentoml_1_3"
@@ -47,6 +49,13 @@ def test_module_of_bentoml_1_4_loads():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_same(run(bentoml.detectron.load_model(saved.tag)), run(module))
+
+
+@pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers")
+def test_model_of_bentoml_is_not_calibrated_but_to_be_saved_again(predictor):
+    saved = adapter.save_model("old-optimized", predictor)
+    with pytest.raises(errors.InvalidModelError, match="load it and save it with bentoml"):
+        optimize(saved.tag, ["none.jpg"], name="new")
 
 
 @pytest.mark.parametrize(

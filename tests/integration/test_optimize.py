@@ -48,6 +48,11 @@ def test_the_new_model_holds_its_report_and_is_whole(digits, optimized):
     assert verify(model).ok
 
 
+def test_a_version_that_exists_is_told_before_any_work(digits, optimized):
+    with pytest.raises(errors.SaveError, match="is in the model store already; give a new version"):
+        optimize(digits, ["none.jpg"], name=str(optimized[0].tag))
+
+
 def test_its_weights_are_those_of_the_old_one(digits, optimized):
     old, new = (bentoml.detectron.load_model(each).model.state_dict() for each in (digits, optimized[0]))
     assert old.keys() == new.keys()

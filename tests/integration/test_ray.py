@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from faster_coco_eval import COCO, COCOeval_faster
 
-from bentoml_detectron import demo, errors, save_model
+from bentoml_detectron import demo, errors, evaluate, load_predictor, save_model
 from bentoml_detectron.dataset import Progress, parts, write
 from bentoml_detectron.dataset.on_ray import connect, shares
 from servers import BENTOML, free_port
@@ -144,6 +145,24 @@ def test_command_writes_the_same_files_as_the_local_engine(folder, saved, cluste
     source = ["photos", "photos/bad.jpg"]
     write(saved, source, paths, errors="local/errors.jsonl", chunk=4, score_threshold=0.3, classes=["1", "4", "7"])
     assert tree(folder / "ray") == tree(folder / "local")
+
+
+@pytest.mark.slow
+def test_average_precision_of_what_workers_write_is_that_in_this_process_to_the_fourth_decimal(folder, saved, connected):
+    """The files by faster-coco-eval, and `evaluate` in this process; batches are others, and so are last digits."""
+    images = demo.images()[0].parent
+    annotations = images.parent / "annotations.json"
+    write(saved, annotations, "found.json", image_root=images, chunk=7, engine="ray", ray_workers=2)
+    found = load_predictor(saved, batch="exact")(demo.images())
+    ids = {each["file_name"]: each["id"] for each in demo.ground_truth()["images"]}
+    pairs = ((ids[path.name], each) for path, each in zip(demo.images(), found, strict=True))
+    due = evaluate(pairs, annotations, thing_classes=demo.CLASSES)
+    truth = COCO(str(annotations))
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        evaluation = COCOeval_faster(truth, truth.loadRes("found.json"), kind)
+        evaluation.run()
+        assert due.tasks[name].metrics["AP"] > 0.6
+        assert evaluation.stats[0] == pytest.approx(due.tasks[name].metrics["AP"], abs=5e-5)
 
 
 @pytest.mark.slow
