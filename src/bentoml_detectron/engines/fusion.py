@@ -49,8 +49,12 @@ def fuse(module: nn.Module) -> nn.Module:
         elif type(each) is BasicStem and _is_plain(each.conv1):
             each.forward = partial(_stem, each)
         elif isinstance(each, nn.Sequential):
-            for first, then in pairwise(list[Any](each)):
+            children = list[Any](each)
+            for first, then in pairwise(children):
                 _follow(first, then)
+            for three in zip(children, children[1:], children[2:], strict=False):
+                if _enlarges(*three):
+                    _predict_before_enlarging(*three)
         elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and is_convolution(each):
             each.forward = partial(convolved, each, relu=True)
     return module
@@ -103,6 +107,47 @@ def _flatten_channels_last(flatten: Any, linear: Any) -> None:
         return x.permute(0, 2, 3, 1).flatten(1)
 
     flatten.forward = flat
+
+
+def _enlarges(deconv: Any, relu: Any, predictor: Any) -> bool:
+    """Whether they are the end of a mask head: each pixel becomes a square of pixels of its own, rectified and classified."""
+    return (
+        type(deconv) is nn.ConvTranspose2d
+        and deconv.kernel_size == deconv.stride
+        and (deconv.padding, deconv.output_padding, deconv.dilation, deconv.groups) == ((0, 0), (0, 0), (1, 1), 1)
+        and type(relu) is nn.ReLU
+        and _is_plain(predictor)
+        and (predictor.kernel_size, predictor.stride, predictor.padding) == ((1, 1), (1, 1), (0, 0))
+    )
+
+
+def _predict_before_enlarging(deconv: Any, relu: Any, predictor: Any) -> None:
+    """Computes the squares' pixels as channels, classifies them there, and puts only the classes' maps where they go."""
+    rows, columns = deconv.kernel_size
+    within, channels = deconv.in_channels, deconv.out_channels
+    pixels = nn.Conv2d(within, rows * columns * channels, 1, bias=deconv.bias is not None)
+    weight = deconv.weight.permute(2, 3, 1, 0).reshape(-1, within, 1, 1)  # by row, column and channel of the square
+    pixels.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if deconv.bias is not None:
+        pixels.bias = nn.Parameter(deconv.bias.detach().repeat(rows * columns), requires_grad=False)
+    deconv.pixels = pixels  # so that it gets the type and layout of the rest
+    deconv.weight = deconv.bias = None
+
+    def enlarged(x: torch.Tensor) -> torch.Tensor:
+        """The squares in a row each, (N, C, H, W * rows * columns)."""
+        y = in_floats(pixels, x, relu=True, add=None).permute(0, 2, 3, 1)
+        return y.reshape(len(x), x.shape[2], x.shape[3] * rows * columns, channels).permute(0, 3, 1, 2)
+
+    def predicted(x: torch.Tensor) -> torch.Tensor:
+        count, _, height, width = x.shape
+        width //= rows * columns
+        y = in_floats(predictor, x, relu=False, add=None).permute(0, 2, 3, 1)
+        y = y.reshape(count, height, width, rows, columns, predictor.out_channels).transpose(2, 3)
+        return y.reshape(count, height * rows, width * columns, predictor.out_channels).permute(0, 3, 1, 2)
+
+    deconv.forward = enlarged
+    _skip(relu)
+    predictor.forward = predicted
 
 
 def is_convolution(module: Any) -> bool:

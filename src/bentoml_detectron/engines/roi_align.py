@@ -8,7 +8,7 @@ rows a sample, channel by channel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -48,44 +48,58 @@ def roi_align(
         (M, C, *output_size), channels-last, of the features' dtype.
     """
     channels = features[0].shape[1]
-    if not len(boxes):
-        return features[0].new_empty((0, channels, *output_size))
+    rows = [each.permute(0, 2, 3, 1).reshape(-1, channels) for each in features]
     scale = boxes.new_tensor(scales)[levels]
     heights, widths = (boxes.new_tensor([each.shape[axis] for each in features])[levels] for axis in (2, 3))
     along_y = _Axis(boxes[:, 2], boxes[:, 4], scale, heights, output_size[0], sampling_ratio, aligned)
     along_x = _Axis(boxes[:, 1], boxes[:, 3], scale, widths, output_size[1], sampling_ratio, aligned)
-    rows = [each.permute(0, 2, 3, 1).reshape(-1, channels) for each in features]
     first = boxes[:, 0] * heights * widths
+    bins = output_size[0] * output_size[1]
+    output = features[0].new_empty((len(boxes), bins * channels))
     order, groups = _groups(levels, along_y.span, along_x.span)
-    pooled = []
-    for level, span_y, span_x, chosen in groups:
-        bins = output_size[0] * output_size[1]
-        step = max(1, _MOST // max(bins * span_y * span_x, along_y.samples(chosen), along_x.samples(chosen)))
-        for some in torch.split(chosen, step):
-            y, x = along_y.pixels(some, span_y), along_x.pixels(some, span_x)
-            if gains is not None and gains[level] != 1:
-                y = (y[0], y[1] * gains[level])
-            pooled.append(_summed(rows[level], y, x, widths[some], first[some]).view(-1, bins * channels))
-    output = torch.cat(pooled).index_select(0, order.argsort())
+    step = max(1, _MOST // max(1, along_y.most(), along_x.most()))
+    for some, inside in _steps(order, groups, step):
+        y, x = along_y.pixels(some), along_x.pixels(some)
+        for level, span_y, span_x, start, stop in inside:
+            few = max(1, _MOST // (bins * span_y * span_x))
+            for low in range(start, stop, few):
+                part = slice(low, min(low + few, stop))
+                chosen, weights = some[part], y[1][part, :, :span_y]
+                if gains is not None and gains[level] != 1:
+                    weights = weights * gains[level]
+                pixels = (y[0][part, :, :span_y], weights), (x[0][part, :, :span_x], x[1][part, :, :span_x])
+                summed = _summed(rows[level], *pixels, widths[chosen], first[chosen])
+                output[chosen] = summed.view(-1, bins * channels)
     return output.view(-1, *output_size, channels).permute(0, 3, 1, 2)
 
 
-def _groups(
-    levels: torch.Tensor, span_y: torch.Tensor, span_x: torch.Tensor
-) -> tuple[torch.Tensor, list[tuple[int, int, int, torch.Tensor]]]:
-    """Boxes in groups of one level and of about the same spans: all in that order, and a group's level, spans and boxes."""
+_Group: TypeAlias = tuple[int, int, int, int, int]
+"""Boxes of one level and of about the same spans: the level, both spans, and from where to before where they are."""
+
+
+def _groups(levels: torch.Tensor, span_y: torch.Tensor, span_x: torch.Tensor) -> tuple[torch.Tensor, list[_Group]]:
+    """An order of the boxes in which those of a group follow each other, and the groups."""
     spans = torch.tensor(_SPANS)
     y, x = (torch.bucketize(each, spans) for each in (span_y, span_x))
     key = (levels * (len(spans) + 1) + y) * (len(spans) + 1) + x
     order = key.argsort()
     keys, counts = torch.unique_consecutive(key[order], return_counts=True)
-    groups = []
-    for each, chosen in zip(keys.tolist(), torch.split(order, counts.tolist()), strict=True):
+    groups, stop = [], 0
+    for each, count in zip(keys.tolist(), counts.tolist(), strict=True):
+        start, stop = stop, stop + count
         level, both = divmod(each, (len(spans) + 1) ** 2)
-        limits = [_SPANS[place] if place < len(spans) else int(span[chosen].max())
+        limits = [_SPANS[place] if place < len(spans) else int(span[order[start:stop]].max())
                   for place, span in zip(divmod(both, len(spans) + 1), (span_y, span_x), strict=True)]  # fmt: skip
-        groups.append((level, limits[0], limits[1], chosen))
+        groups.append((level, limits[0], limits[1], start, stop))
     return order, groups
+
+
+def _steps(order: torch.Tensor, groups: list[_Group], step: int) -> Iterator[tuple[torch.Tensor, list[_Group]]]:
+    """At most so many boxes at once, in order, and the groups among them, counted from their first."""
+    for low in range(0, len(order), step):
+        some = order[low : low + step]
+        inside = ((*kind, max(start - low, 0), min(stop - low, len(some))) for *kind, start, stop in groups)
+        yield some, [(level, y, x, start, stop) for level, y, x, start, stop in inside if start < stop]
 
 
 def _summed(rows: torch.Tensor, along_y: Pixels, along_x: Pixels, widths: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -125,18 +139,19 @@ class _Axis:
         self._bins = bins
         self.span = torch.minimum(self._bin.abs().ceil() + 2, length).to(torch.int64)
 
-    def samples(self, chosen: torch.Tensor) -> int:
-        """Most samples that one of some boxes has along the axis."""
-        return self._bins * max(1, int(self._count[chosen].max()))
+    def most(self) -> int:
+        """Most values that a box has while its pixels are looked for."""
+        return self._bins * int(torch.maximum(self._count, self.span).max()) if len(self.span) else 0
 
-    def pixels(self, chosen: torch.Tensor, span: int) -> Pixels:
+    def pixels(self, chosen: torch.Tensor) -> Pixels:
         """Pixels and weights of the bins of some boxes.
 
         Returns:
-            (boxes, bins, span) int32 and float32; weights of pixels that no sample touches are 0.
+            (boxes, bins, span) int32 and float32, for the largest span of these boxes; weights of pixels that no sample touches
+            are 0, and those are behind the others.
         """
         start, size, count, length = (each[chosen, None, None] for each in (self._start, self._bin, self._count, self._length))
-        most = int(count.max().clamp(min=1))
+        span, most = int(self.span[chosen].max()), int(count.max().clamp(min=1))
         bins = torch.arange(self._bins, dtype=torch.float32)[:, None]
         samples = torch.arange(most, dtype=torch.float32)
         at = start + bins * size + (samples + 0.5) * size / count.clamp(min=1)
