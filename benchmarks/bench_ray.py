@@ -29,6 +29,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_dataset import dataset
+from bentoml_detectron.threads import environment
 from serving import free_port
 
 ENVIRONMENT = {
@@ -36,6 +37,7 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # then Ray takes 127.0.0.1 for what it is
     "RAY_USAGE_STATS_ENABLED": "0",
+    **environment(),  # as in the command's process
 }
 CHUNK = 50
 

@@ -8,6 +8,7 @@ a share of the time that the whole takes.
 Usage::
 
     python benchmarks/bench_speed.py [--model MASK_RCNN ...] [--size 800x1088 ...] [--batch 1 ...] [--way fp32 ...] [--pairs 5]
+        [--as-it-is]
 """
 
 from __future__ import annotations
@@ -59,8 +60,14 @@ class Worker:
         self.process.wait(30)
 
 
-def prepare(model: str, folder: str, sizes: list[str]) -> dict[str, int]:
+def prepare(model: str, folder: str, sizes: list[str], is_resized: bool = True) -> dict[str, int]:
     """Writes a model's config and weights, and saves it into the store.
+
+    Args:
+        model: Its name.
+        folder: Where to write, and BentoML's home.
+        sizes: Of the pictures.
+        is_resized: Whether the model gets them at its own size, or as they are.
 
     Returns:
         The floating-point operations of Detectron2's convolutions and matrix products for an image, by its size.
@@ -75,6 +82,8 @@ def prepare(model: str, folder: str, sizes: list[str]) -> dict[str, int]:
 
     path = f"{folder}/{model}.pth"
     cfg = demo.config() if model == "demo" else calibrated.config(getattr(calibrated, model), path)
+    if not is_resized:
+        cfg.INPUT.MIN_SIZE_TEST = 0
     Path(folder, f"{model}.yaml").write_text(cfg.dump())
     default = DefaultPredictor(cfg)
     saved = bentoml.detectron.save_model(model.lower(), default)
@@ -235,6 +244,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--way", nargs="+", default=list(WAYS))
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--as-it-is", action="store_true", help="pictures are not resized to the model's size")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -255,7 +265,7 @@ def main() -> None:
         os.environ["BENTOML_DO_NOT_TRACK"] = "True"
         for model in arguments.model:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                operations = pool.apply(prepare, (model, folder, arguments.size))
+                operations = pool.apply(prepare, (model, folder, arguments.size, not arguments.as_it_is))
             for size in arguments.size:
                 for batch in arguments.batch:
                     compare(model, size, batch, ways, arguments.pairs, folder, operations[size], peaks)

@@ -9,7 +9,14 @@ _SPINS = "20000"
 small steps: wherever another thread or process wants a core, the one that is waited for does not get it."""
 
 
+_DECIDE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
 def environment() -> dict[str, str]:
     """What is to be in a process's environment before PyTorch is there; nothing where the user has decided."""
-    decided = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
-    return {} if decided else {"GOMP_SPINCOUNT": _SPINS}
+    return {} if decided() else {"GOMP_SPINCOUNT": _SPINS}
+
+
+def decided() -> dict[str, str]:
+    """What of it is in this process's environment already."""
+    return {name: os.environ[name] for name in _DECIDE if name in os.environ}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 
-from bentoml_detectron import demo, errors, evaluate, load_predictor, save_model
+from bentoml_detectron import demo, errors, evaluate, load_predictor, save_model, threads
 from bentoml_detectron.dataset import Progress, parts, write
 from bentoml_detectron.dataset.on_ray import connect, shares
 from servers import BENTOML, free_port
@@ -114,6 +114,7 @@ class Told(Progress):
         self.images = 0
         self.seen: set[int] = set()
         self.killed: set[int] = set()
+        self.turns: set[str | None] = set()
         self._ends, self._session = ends, kills
 
     def advance(self, images: int) -> None:
@@ -121,6 +122,7 @@ class Told(Progress):
         if self._session is not None:
             self.seen |= workers(self._session)
             if not self.killed:
+                self.turns = {psutil.Process(each).environ().get("GOMP_SPINCOUNT") for each in self.seen}
                 self.killed = {min(self.seen)}
                 os.kill(min(self.seen), signal.SIGKILL)
         if self._ends:
@@ -172,6 +174,7 @@ def test_worker_that_is_killed_in_the_middle_takes_nothing_along(folder, saved, 
     assert (report.images, report.failures, told.images) == (20, 0, 20)
     assert 0 < report.busy <= 1
     assert told.killed < told.seen
+    assert told.turns == {threads.environment()["GOMP_SPINCOUNT"]}
     write(saved, "photos", "local.jsonl", chunk=1)
     assert Path("ray.jsonl").read_bytes() == Path("local.jsonl").read_bytes()
 

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from bentoml_detectron import __version__, errors
+from bentoml_detectron import __version__, errors, threads
 from bentoml_detectron.dataset import parts
 from bentoml_detectron.dataset.chunks import Chunk, Clock
 from bentoml_detectron.dataset.engine import Model, loaded
@@ -160,6 +160,7 @@ class Ray:
         home = Path(get(work.model).path).parents[2]  # of models/NAME/VERSION
         variables = {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
         variables |= {KEEP: os.environ[KEEP]} if KEEP in os.environ else {}
+        variables |= threads.decided() | threads.environment()
         return {"num_cpus": self._place.cpus, "num_gpus": self._place.gpus, "runtime_env": {"env_vars": variables}}
 
 
