@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 
+_DECIDE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _SPINS = "20000"
 """Turns before a thread sleeps. GNU's OpenMP takes 300,000 unless told, which is a millisecond at each of a model's hundreds of
 small steps: wherever another thread or process wants a core, the one that is waited for does not get it."""
-
-
-_DECIDE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def environment() -> dict[str, str]:

@@ -41,6 +41,13 @@ def test_end_of_a_mask_head_of_any_size(size, square, channels, has_bias):
     assert fusion.is_skipped(assert_fused_is_same(head, torch.randn(size))[1])
 
 
+def test_callers_random_numbers_stay():
+    head = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), Conv2d(4, 2, 1))
+    before = torch.random.get_rng_state()
+    fusion.fuse(head)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     "head",
     [

@@ -125,7 +125,8 @@ def _predict_before_enlarging(deconv: Any, relu: Any, predictor: Any) -> None:
     """Computes the squares' pixels as channels, classifies them there, and puts only the classes' maps where they go."""
     rows, columns = deconv.kernel_size
     within, channels = deconv.in_channels, deconv.out_channels
-    pixels = nn.Conv2d(within, rows * columns * channels, 1, bias=deconv.bias is not None)
+    # On no device: random weights, which are not needed, would take numbers from the caller's generator.
+    pixels = nn.Conv2d(within, rows * columns * channels, 1, bias=deconv.bias is not None, device="meta")
     weight = deconv.weight.permute(2, 3, 1, 0).reshape(-1, within, 1, 1)  # by row, column and channel of the square
     pixels.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if deconv.bias is not None:
