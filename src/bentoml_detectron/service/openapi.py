@@ -65,20 +65,28 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
 
 
 _INFO = {"type": "object", "required": ["precision"], "properties": {"precision": {"enum": ["fp32", "bf16", "int8", "auto"]}}}
-# BentoML's clients send null for what was left out.
+# BentoML's clients send null for what was left out, and pages' forms an empty text.
 _FIELDS: dict[str, dict[str, Any]] = {
     "score_threshold": {
-        "type": ["number", "null"],
+        "type": ["number", "null", "string"],
+        "maxLength": 0,
         "minimum": 0,
         "maximum": 1,
         "description": "What scores above it is given",
     },
     "classes": {
-        "type": ["array", "null"],
+        "type": ["array", "null", "string"],
+        "maxLength": 0,
         "items": {"type": "string"},
         "description": f"Names or ids of the classes that are given, at most {MAX_CLASSES}",
     },
-    "top_k": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_TOP_K, "description": "At most so many, the best"},
+    "top_k": {
+        "type": ["integer", "null", "string"],
+        "maxLength": 0,
+        "minimum": 1,
+        "maximum": MAX_TOP_K,
+        "description": "At most so many, the best",
+    },
     "masks": {"enum": ["rle", "polygon", "none"], "default": "rle", "description": "How masks are spelled"},
 }
 _STATUSES = {

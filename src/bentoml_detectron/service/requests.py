@@ -257,7 +257,7 @@ def _plain(text: str) -> Any:
 
 
 def _number(name: str, fields: Mapping[str, list[str]]) -> float | None:
-    text = fields.get(name, ["null"])[0].strip()
+    text = fields.get(name, ["null"])[0]
     value = _json(text)
     if value is None or text == "":
         return None
@@ -272,7 +272,7 @@ def _classes(given: list[str]) -> list[str | int] | None:
         return None
     if len(given) == 1:
         value = _json(given[0])
-        if value is None or given[0].strip() == "":
+        if value is None or given[0] == "":
             return None
         if isinstance(value, list):
             if not all(isinstance(each, (str, int)) and not isinstance(each, bool) for each in value):
