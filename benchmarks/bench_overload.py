@@ -128,26 +128,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         if options.model == "demo":
             serving.save_demo(home)
-            image = demo.images()[3].read_bytes()
+            name, image = "digits", demo.images()[3].read_bytes()
         else:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 pool.apply(save, (options.model, home))
             buffer = io.BytesIO()
             Image.fromarray(calibrated.picture(800, 1088)[:, :, ::-1]).save(buffer, "JPEG", quality=90)
-            image = buffer.getvalue()
-        name = "digits" if options.model == "demo" else options.model.lower()
-        command = [
-            sys.executable,
-            "-m",
-            "bentoml",
-            "detectron",
-            "serve",
-            name,
-            "--port",
-            "PORT",
-            "--precision",
-            options.precision,
-        ]
+            name, image = options.model.lower(), buffer.getvalue()
+        command = [sys.executable, "-m", "bentoml", "detectron", "serve", name]
+        command += ["--port", "PORT", "--precision", options.precision]
         with serving.started(command, serving.environment(home), Path(home) / "log") as server:
             server.wait()
             measure(Target(server.port, image), options.seconds, options.times)

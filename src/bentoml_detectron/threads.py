@@ -6,8 +6,8 @@ import os
 
 _DECIDE = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _SPINS = "20000"
-"""Turns before a thread sleeps. GNU's OpenMP takes 300,000 unless told, which is a millisecond at each of a model's hundreds of
-small steps: wherever another thread or process wants a core, the one that is waited for does not get it."""
+"""Turns before a thread sleeps. GNU's OpenMP takes 300,000 unless told, at each of a model's many small steps: wherever
+another thread or process wants a core, the one that is waited for does not get it."""
 
 
 def environment() -> dict[str, str]:

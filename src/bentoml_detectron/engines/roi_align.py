@@ -56,20 +56,17 @@ def roi_align(
     first = boxes[:, 0] * heights * widths
     bins = output_size[0] * output_size[1]
     output = features[0].new_empty((len(boxes), bins * channels))
-    order, groups = _groups(levels, along_y.span, along_x.span)
+    order, groups = _groups(levels, along_y.span, along_x.span, bins)
     step = max(1, _MOST // max(1, along_y.most(), along_x.most()))
     for some, inside in _steps(order, groups, step):
         y, x = along_y.pixels(some), along_x.pixels(some)
         for level, span_y, span_x, start, stop in inside:
-            few = max(1, _MOST // (bins * span_y * span_x))
-            for low in range(start, stop, few):
-                part = slice(low, min(low + few, stop))
-                chosen, weights = some[part], y[1][part, :, :span_y]
-                if gains is not None and gains[level] != 1:
-                    weights = weights * gains[level]
-                pixels = (y[0][part, :, :span_y], weights), (x[0][part, :, :span_x], x[1][part, :, :span_x])
-                summed = _summed(rows[level], *pixels, widths[chosen], first[chosen])
-                output[chosen] = summed.view(-1, bins * channels)
+            chosen, weights = some[start:stop], y[1][start:stop, :, :span_y]
+            if gains is not None and gains[level] != 1:
+                weights = weights * gains[level]
+            pixels = (y[0][start:stop, :, :span_y], weights), (x[0][start:stop, :, :span_x], x[1][start:stop, :, :span_x])
+            summed = _summed(rows[level], *pixels, widths[chosen], first[chosen])
+            output[chosen] = summed.view(-1, bins * channels)
     return output.view(-1, *output_size, channels).permute(0, 3, 1, 2)
 
 
@@ -77,8 +74,8 @@ _Group: TypeAlias = tuple[int, int, int, int, int]
 """Boxes of one level and of about the same spans: the level, both spans, and from where to before where they are."""
 
 
-def _groups(levels: torch.Tensor, span_y: torch.Tensor, span_x: torch.Tensor) -> tuple[torch.Tensor, list[_Group]]:
-    """An order of the boxes in which those of a group follow each other, and the groups."""
+def _groups(levels: torch.Tensor, span_y: torch.Tensor, span_x: torch.Tensor, bins: int) -> tuple[torch.Tensor, list[_Group]]:
+    """An order of the boxes in which those of a group follow each other, and the groups, of `_MOST` weights at most."""
     spans = torch.tensor(_SPANS)
     y, x = (torch.bucketize(each, spans) for each in (span_y, span_x))
     key = (levels * (len(spans) + 1) + y) * (len(spans) + 1) + x
@@ -90,7 +87,8 @@ def _groups(levels: torch.Tensor, span_y: torch.Tensor, span_x: torch.Tensor) ->
         level, both = divmod(each, (len(spans) + 1) ** 2)
         limits = [_SPANS[place] if place < len(spans) else int(span[order[start:stop]].max())
                   for place, span in zip(divmod(both, len(spans) + 1), (span_y, span_x), strict=True)]  # fmt: skip
-        groups.append((level, limits[0], limits[1], start, stop))
+        few = max(1, _MOST // (bins * limits[0] * limits[1]))
+        groups += [(level, limits[0], limits[1], low, min(low + few, stop)) for low in range(start, stop, few)]
     return order, groups
 
 
