@@ -34,7 +34,7 @@ class Pooler(nn.Module):
         """As `ROIPooler.forward`; (M, C, *output_size), channels-last."""
         boxes = convert_boxes_to_pooler_format(box_lists)
         if len(self._scales) > 1:
-            levels = assign_boxes_to_levels(box_lists, *self._levels)
+            levels = assign_boxes_to_levels([Boxes(boxes[:, 1:])], *self._levels)
         else:
             levels = torch.zeros(len(boxes), dtype=torch.int64)
         known = (levels >= 0) & (levels < len(self._scales))  # boxes with their corners the wrong way round are of no level

@@ -60,25 +60,23 @@ class ChoosingFirst:
         """
         best = [each.topk(min(self.pre_nms_topk[False], each.shape[1]), dim=1) for each in logits]
         levels = torch.cat([torch.full_like(each.indices[0], level) for level, each in enumerate(best)])
+        scores = torch.cat([each.values for each in best], dim=1)
+        chosen = [each.gather(1, top.indices[:, :, None].expand(-1, -1, 4)) for each, top in zip(deltas, best, strict=True)]
+        places = [each.tensor[top.indices] for each, top in zip(anchors, best, strict=True)]
+        boxes = self.box2box_transform.apply_deltas(torch.cat(chosen, dim=1).view(-1, 4), torch.cat(places, dim=1).view(-1, 4))
+        boxes = boxes.view(*scores.shape, 4)
+        good = torch.isfinite(boxes).all(dim=2) & torch.isfinite(scores)
+        corners = boxes.new_tensor([(width, height, width, height) for height, width in image_sizes])
+        boxes = boxes.clamp(min=0).minimum(corners[:, None])
+        good &= (boxes[:, :, 2:] - boxes[:, :, :2] > self.min_box_size).all(dim=2)
+        all_good = bool(good.all())
         found = []
         for image, size in enumerate(image_sizes):
-            chosen = [each.indices[image] for each in best]
-            boxes = self.box2box_transform.apply_deltas(
-                torch.cat([each[image, index] for each, index in zip(deltas, chosen, strict=True)]),
-                torch.cat([each.tensor[index] for each, index in zip(anchors, chosen, strict=True)]),
-            )
-            scores = torch.cat([each.values[image] for each in best])
-            found.append(self._best(Boxes(boxes), scores, levels, size))
+            those = slice(None) if all_good else good[image]
+            found.append(self._best(boxes[image, those], scores[image, those], levels[those], size))
         return found
 
-    def _best(self, boxes: Boxes, scores: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> Instances:
+    def _best(self, boxes: torch.Tensor, scores: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> Instances:
         """One image's, the best first."""
-        finite = torch.isfinite(boxes.tensor).all(dim=1) & torch.isfinite(scores)
-        if not bool(finite.all()):
-            boxes, scores, levels = boxes[finite], scores[finite], levels[finite]
-        boxes.clip(size)
-        keep = boxes.nonempty(threshold=self.min_box_size)
-        if not bool(keep.all()):
-            boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
-        kept = batched_nms(boxes.tensor, scores, levels, self.nms_thresh)[: self.post_nms_topk[False]]
-        return Instances(size, proposal_boxes=boxes[kept], objectness_logits=scores[kept])
+        kept = batched_nms(boxes, scores, levels, self.nms_thresh)[: self.post_nms_topk[False]]
+        return Instances(size, proposal_boxes=Boxes(boxes[kept]), objectness_logits=scores[kept])

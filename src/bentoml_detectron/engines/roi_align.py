@@ -19,6 +19,7 @@ Pixels: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 _SPANS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Pixels that a bin touches along an axis; boxes are done together with others of about as many."""
 _MOST = 1 << 21  # weights, or samples, in memory at once
+_GROUP = 1 << 12  # weights that take about as long as it takes to begin with another group
 _MOST_SAMPLES = 1 << 16  # of a bin along an axis; boxes that are larger are of no picture
 
 
@@ -59,14 +60,14 @@ def roi_align(
     order, groups = _groups(levels, along_y.span, along_x.span, bins)
     step = max(1, _MOST // max(1, along_y.most(), along_x.most()))
     for some, inside in _steps(order, groups, step):
-        y, x = along_y.pixels(some), along_x.pixels(some)
+        (line, down), (column, across) = along_y.pixels(some), along_x.pixels(some)
+        line = (line * widths[some, None, None] + first[some, None, None]).to(torch.int32)
+        if gains is not None:
+            down = down * boxes.new_tensor(gains)[levels[some], None, None]
         for level, span_y, span_x, start, stop in inside:
-            chosen, weights = some[start:stop], y[1][start:stop, :, :span_y]
-            if gains is not None and gains[level] != 1:
-                weights = weights * gains[level]
-            pixels = (y[0][start:stop, :, :span_y], weights), (x[0][start:stop, :, :span_x], x[1][start:stop, :, :span_x])
-            summed = _summed(rows[level], *pixels, widths[chosen], first[chosen])
-            output[chosen] = summed.view(-1, bins * channels)
+            here = slice(start, stop)
+            y, x = (line[here, :, :span_y], down[here, :, :span_y]), (column[here, :, :span_x], across[here, :, :span_x])
+            output[some[here]] = _summed(rows[level], y, x).view(-1, bins * channels)
     return output.view(-1, *output_size, channels).permute(0, 3, 1, 2)
 
 
@@ -81,15 +82,33 @@ def _groups(levels: torch.Tensor, span_y: torch.Tensor, span_x: torch.Tensor, bi
     key = (levels * (len(spans) + 1) + y) * (len(spans) + 1) + x
     order = key.argsort()
     keys, counts = torch.unique_consecutive(key[order], return_counts=True)
-    groups, stop = [], 0
+    kinds: list[tuple[int, int, int, int]] = []
     for each, count in zip(keys.tolist(), counts.tolist(), strict=True):
-        start, stop = stop, stop + count
         level, both = divmod(each, (len(spans) + 1) ** 2)
+        kinds.append((level, *divmod(both, len(spans) + 1), count))
+    groups, stop = [], 0
+    for level, place_y, place_x, count in _merged(kinds, bins):
+        start, stop = stop, stop + count
         limits = [_SPANS[place] if place < len(spans) else int(span[order[start:stop]].max())
-                  for place, span in zip(divmod(both, len(spans) + 1), (span_y, span_x), strict=True)]  # fmt: skip
+                  for place, span in ((place_y, span_y), (place_x, span_x))]  # fmt: skip
         few = max(1, _MOST // (bins * limits[0] * limits[1]))
         groups += [(level, limits[0], limits[1], low, min(low + few, stop)) for low in range(start, stop, few)]
     return order, groups
+
+
+def _merged(kinds: list[tuple[int, int, int, int]], bins: int) -> list[tuple[int, int, int, int]]:
+    """Groups that follow each other as one, where that costs less than a group: level, places of both spans, and boxes."""
+    merged = kinds[:1]
+    for level, y, x, count in kinds[1:]:
+        before, last_y, last_x, boxes = merged[-1]
+        most_y, most_x = max(y, last_y), max(x, last_x)
+        if level == before and most_y < len(_SPANS) and most_x < len(_SPANS):
+            apart = count * _SPANS[y] * _SPANS[x] + boxes * _SPANS[last_y] * _SPANS[last_x]
+            if bins * ((count + boxes) * _SPANS[most_y] * _SPANS[most_x] - apart) < _GROUP:
+                merged[-1] = (level, most_y, most_x, count + boxes)
+                continue
+        merged.append((level, y, x, count))
+    return merged
 
 
 def _steps(order: torch.Tensor, groups: list[_Group], step: int) -> Iterator[tuple[torch.Tensor, list[_Group]]]:
@@ -100,10 +119,9 @@ def _steps(order: torch.Tensor, groups: list[_Group], step: int) -> Iterator[tup
         yield some, [(level, y, x, start, stop) for level, y, x, start, stop in inside if start < stop]
 
 
-def _summed(rows: torch.Tensor, along_y: Pixels, along_x: Pixels, widths: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """The bins of some boxes, (boxes * bins, C)."""
-    y = along_y[0] * widths.to(torch.int32)[:, None, None] + first.to(torch.int32)[:, None, None]
-    index = y[:, :, None, :, None] + along_x[0][:, None, :, None, :]
+def _summed(rows: torch.Tensor, along_y: Pixels, along_x: Pixels) -> torch.Tensor:
+    """The bins of some boxes, (boxes * bins, C); pixels along y are given as the first of their line."""
+    index = along_y[0][:, :, None, :, None] + along_x[0][:, None, :, None, :]
     weight = along_y[1][:, :, None, :, None] * along_x[1][:, None, :, None, :]
     touched = index.shape[3] * index.shape[4]
     return embedding_bag(index.view(-1, touched), rows, mode="sum", per_sample_weights=weight.view(-1, touched).to(rows.dtype))
