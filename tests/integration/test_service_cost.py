@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from weakref import WeakSet
 import bentoml
 import pytest
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.log import TraceRecordFilter
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.sdk.trace import SpanProcessor
 from prometheus_client import REGISTRY, generate_latest
@@ -213,7 +216,7 @@ def test_deadline_stands_for_bentomls(saved):
 
 
 @pytest.mark.parametrize("exporter", [None, "in_memory"])
-def test_spans_of_messages_are_made_where_they_are_exported(exporter, saved):
+def test_spans_are_made_where_they_are_exported(exporter, saved):
     class Names(SpanProcessor):
         found: ClassVar[list[str]] = []
 
@@ -225,8 +228,39 @@ def test_spans_of_messages_are_made_where_they_are_exported(exporter, saved):
         names.found.clear()
         assert client.post("/predict", files={"image": IMAGE}).status_code == 200
         found = [name for name in names.found if name.startswith("POST /predict")]
-    assert found.count("POST /predict") == 1
+    assert found.count("POST /predict") == (exporter is not None)
     assert (len(found) > 1) == (exporter is not None)
+
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.mark.parametrize("exporter", [None, "in_memory"])
+@pytest.mark.parametrize("sampled", ["00", "01"])
+def test_log_has_the_callers_trace_and_a_span_of_its_own(exporter, sampled, saved, caplog):
+    """Whether a span is made for the exporter or not."""
+    found = []
+
+    class Keep(TraceRecordFilter):
+        def filter(self, record) -> bool:
+            super().filter(record)
+            found.append(record.trace_msg)
+            return True
+
+    logger = logging.getLogger("bentoml.access")
+    caplog.set_level(logging.INFO, logger.name)
+    with served(saved, tracing={"exporter_type": exporter}) as client:
+        logger.addFilter(keep := Keep())
+        try:
+            client.get("/info", headers={"traceparent": f"00-{TRACE}-{SPAN}-{sampled}"})
+            client.get("/info")
+            client.get("/info")
+        finally:
+            logger.removeFilter(keep)
+    ids = [re.search(r"trace=(\w+),span=(\w+),sampled=(\d)", each).groups() for each in found]
+    assert (ids[0][0], ids[0][2]) == (TRACE, sampled[1])
+    assert len({trace for trace, _, _ in ids}) == 3
+    assert len({SPAN, *(span for _, span, _ in ids)}) == 4
 
 
 def test_refused_image_is_not_kept_by_its_error(saved):
