@@ -1,8 +1,9 @@
 """What a worker spends on one request beside the model, from the multipart form to the bytes of the JSON, and what it keeps.
 
 The service is the one of ``canned.py``, whose model gives the same `Detections` for each image at once. The client is wrk, on
-127.0.0.1; each row is the median of some rounds. The image is a photograph of 640x480 as JPEG. What the worker spends contains
-decoding and the resize to the model's size; both are also printed for themselves, as timed in a process that does nothing else.
+127.0.0.1; each row is the median of some rounds. The image is a photograph of 640x480 as JPEG. What the worker and the model's
+process spend is added up, and contains decoding and the resize to the model's size; both are also printed for themselves, as
+timed in a process that does nothing else.
 
 Usage::
 

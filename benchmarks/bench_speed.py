@@ -109,7 +109,7 @@ def call_of(way: str, model: str, folder: str, images: list):
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultPredictor
 
-    from bentoml_detectron.engines.memory import keep_freed_memory
+    from bentoml_detectron.memory import keep_freed_memory
 
     if way in PRECISIONS:
         name = f"{model.lower()}_int8" if way == "int8" else model.lower()

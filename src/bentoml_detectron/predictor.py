@@ -6,26 +6,23 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import psutil
 import torch
-from detectron2.data.transforms import ResizeShortestEdge
-from PIL import Image
 from torch import nn
 
-from bentoml_detectron import images as pictures
 from bentoml_detectron.artifact.manifest import Dataset, Input
-from bentoml_detectron.errors import DetectronError, ImageError, InvalidArgumentError, OutOfMemoryError
+from bentoml_detectron.errors import DetectronError, InvalidArgumentError, OutOfMemoryError
 from bentoml_detectron.forward import Output, forward
 from bentoml_detectron.images import ImageLike, Limits
 from bentoml_detectron.model import device_of
-from bentoml_detectron.options import Options, options
+from bentoml_detectron.options import Options
 from bentoml_detectron.outputs import Names, detections
+from bentoml_detectron.preparation import Batch, Observe, Padding, Preparation, Prepared
 from bentoml_detectron.results import Detections
 
 if TYPE_CHECKING:
@@ -38,32 +35,9 @@ BYTES_PER_PIXEL = 3000
 MOST_PIXELS_ON_CPU = 400_000
 """Most pixels in a batch on the CPU unless the user says otherwise: batches of small images are faster than one by one, batches
 of large ones slower (``benchmarks/bench_predictor.py``)."""
-_LEAST_STRIDE = 32  # pixels to which images are padded in groups, for models that ask for no multiple
-
-Batch = Literal["padded", "exact"]
-Observe = Callable[[str, float], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One image as the model takes it.
-
-    Attributes:
-        index: Its place in the call.
-        pixels: (h, w, 3) uint8, in the model's own channel order and size.
-        size: Height and width of the image that was given.
-        shape: Height and width that it has in the model, padding included; images of one shape may run together.
-        options: What is wanted of it.
-    """
-
-    index: int
-    pixels: NDArray[np.uint8]
-    size: tuple[int, int]
-    shape: tuple[int, int]
-    options: Options
-
-
-class Predictor:
+class Predictor(Preparation):
     """A model that takes images and gives `Detections`; made by `load_predictor`.
 
     Threads may share it: a call changes nothing of it.
@@ -72,6 +46,7 @@ class Predictor:
         model: The Detectron2 model, in evaluation mode.
         dataset: Class names and ids; None where the model carries none.
         input: Channel order and size that the model takes.
+        max_batch_pixels: As given.
     """
 
     def __init__(
@@ -107,20 +82,11 @@ class Predictor:
         Raises:
             InvalidArgumentError: (``ValueError``) An argument is out of range.
         """
-        if batch not in ("padded", "exact"):
-            raise InvalidArgumentError(f"batch={batch!r}; give 'padded' or 'exact'", value=batch)
         if max_batch_pixels is not None and max_batch_pixels < 1:
             raise InvalidArgumentError(f"max_batch_pixels is {max_batch_pixels}; give 1 or more", value=max_batch_pixels)
-        if image_input.format not in ("BGR", "RGB"):
-            raise InvalidArgumentError(
-                f"the model takes images as {image_input.format!r}; the predictor knows BGR and RGB", value=image_input.format
-            )
+        super().__init__(image_input, _padding(model), dataset, batch=batch, limits=limits)
         self.model = model
-        self.input = image_input
-        self.dataset = dataset
-        self.batch = batch
         self.max_batch_pixels = max_batch_pixels
-        self.limits = limits or Limits()
         self._names = Names(dataset)
 
     @property
@@ -191,16 +157,6 @@ class Predictor:
                     raise result
         return results
 
-    def options(
-        self,
-        *,
-        score_threshold: float | None = None,
-        classes: Sequence[str | int] | None = None,
-        top_k: int | None = None,
-    ) -> Options:
-        """Checks what is wanted of one image, for `predict`; arguments and errors as in `__call__`."""
-        return options(self.dataset, score_threshold=score_threshold, classes=classes, top_k=top_k)
-
     def predict(self, images: Sequence[ImageLike], wanted: Sequence[Options]) -> list[Any]:
         """Predicts on some images with options for each; they share batches whatever their options.
 
@@ -239,68 +195,6 @@ class Predictor:
             elif sum(len(group) * height * width for (height, width), group in waiting.items()) > budget:
                 yield waiting.pop(max(waiting, key=lambda each: len(waiting[each]) * each[0] * each[1]))
         yield from waiting.values()
-
-    def prepare(
-        self,
-        image: ImageLike,
-        wanted: Options,
-        index: int = 0,
-        observe: Observe = lambda stage, seconds: None,
-    ) -> Prepared:
-        """Decodes an image and scales it to the model's size, as ``DefaultPredictor`` does.
-
-        Args:
-            image: As in `__call__`.
-            wanted: What is wanted of it.
-            index: Its place in the call.
-            observe: Is told how long the stages "decode" and "preprocess" took, in seconds.
-
-        Raises:
-            ImageError: It cannot be used.
-        """
-        start = time.perf_counter()
-        picture, order = pictures.decoded(image, self.limits, index=index)
-        between = time.perf_counter()
-        observe("decode", between - start)
-        height, width = picture.height, picture.width
-        if self.input.min_size_test > 0:
-            shape = self._scaled(height, width)
-            if min(shape) < 1:
-                raise ImageError(
-                    f"{width}x{height} is too long and thin: at the model's {self.input.max_size_test} pixels "
-                    "nothing is left of it",
-                    index=index,
-                    value=(height, width),
-                )
-            # What Detectron2's ResizeTransform does with an array, which it makes a picture for it.
-            picture = picture.resize(shape[::-1], Image.Resampling.BILINEAR)
-        pixels = pictures.pixels(picture, swapped=order != self.input.format)
-        prepared = Prepared(index, pixels, (height, width), self._padded(*pixels.shape[:2]), wanted)
-        observe("preprocess", time.perf_counter() - between)
-        return prepared
-
-    def pixels_of(self, height: int, width: int) -> int:
-        """Pixels, padding included, that an image of that size has in the model."""
-        padded_height, padded_width = self._padded(*self._scaled(height, width))
-        return padded_height * padded_width
-
-    def _scaled(self, height: int, width: int) -> tuple[int, int]:
-        """The size that an image of this one has in the model, without padding."""
-        if self.input.min_size_test <= 0:
-            return height, width
-        shape = ResizeShortestEdge.get_output_shape(height, width, self.input.min_size_test, self.input.max_size_test)
-        return int(shape[0]), int(shape[1])
-
-    def _padded(self, *shape: int) -> tuple[int, int]:
-        """The shape that an image of this one has in the model, as far as grouping goes."""
-        backbone = getattr(self.model, "backbone", None)
-        square = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
-        if square > 0:  # ViTDet; an image that is larger is an error of the model's
-            return square, square
-        stride = getattr(backbone, "size_divisibility", 0)
-        stride = stride if stride > 1 else _LEAST_STRIDE
-        height, width = (-(-length // stride) * stride for length in shape)
-        return height, width
 
     def budget(self) -> int:
         """Most pixels, padding included, that may go through the model together now."""
@@ -361,6 +255,13 @@ class Predictor:
             if not _is_out_of_memory(exc):
                 raise
         return _too_large(prepared)
+
+
+def _padding(model: nn.Module) -> Padding:
+    """What a model's backbone asks for."""
+    backbone = getattr(model, "backbone", None)
+    square = (getattr(backbone, "padding_constraints", None) or {}).get("square_size", 0)
+    return Padding(stride=getattr(backbone, "size_divisibility", 0), square=square)
 
 
 def on_device(pixels: NDArray[np.uint8], device: torch.device) -> torch.Tensor:

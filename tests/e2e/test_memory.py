@@ -81,9 +81,10 @@ def requests(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def memory(server: Server) -> float:
-    """Of the one worker, in megabytes."""
+    """Of the one worker and its model's process, in megabytes."""
     (worker,) = server.workers()
-    return psutil.Process(worker).memory_info().rss / 1e6
+    processes = [psutil.Process(worker), *psutil.Process(worker).children()]
+    return sum(each.memory_info().rss for each in processes) / 1e6
 
 
 def memory_at_rest(server: Server) -> float:

@@ -314,7 +314,7 @@ def test_memory_is_given_back_once_when_no_request_came_for_a_while(monkeypatch)
         admitted, waiting = 0, 0
 
     given = []
-    monkeypatch.setattr("bentoml_detectron.engines.memory.give_back_freed_memory", lambda: given.append(Counts.admitted))
+    monkeypatch.setattr("bentoml_detectron.memory.give_back_freed_memory", lambda: given.append(Counts.admitted))
 
     async def scenario() -> None:
         task = asyncio.create_task(give_back_at_rest(Counts(), 0.02))

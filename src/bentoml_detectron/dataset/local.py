@@ -20,7 +20,8 @@ from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
 from bentoml_detectron.dataset.sources import Item
 from bentoml_detectron.errors import DamagedImageError, DetectronError
 from bentoml_detectron.options import Options
-from bentoml_detectron.predictor import Predictor, Prepared
+from bentoml_detectron.predictor import Predictor
+from bentoml_detectron.preparation import Prepared
 from bentoml_detectron.results import Detections
 
 MOST_WORKERS = 8

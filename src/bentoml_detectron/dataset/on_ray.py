@@ -24,8 +24,8 @@ from bentoml_detectron.dataset.chunks import Chunk, Clock
 from bentoml_detectron.dataset.engine import Model, loaded
 from bentoml_detectron.dataset.parts import Listing, listed
 from bentoml_detectron.dataset.work import Done, Work, run
-from bentoml_detectron.engines.memory import KEEP
 from bentoml_detectron.errors import DependencyMissingError, DetectronError, InvalidArgumentError
+from bentoml_detectron.memory import KEEP
 
 if TYPE_CHECKING:
     from ray.data import DataContext

@@ -20,12 +20,12 @@ from torch import nn
 
 from bentoml_detectron.engines import anchors, eager, fusion, int8, normalization, processor, proposals
 from bentoml_detectron.engines.graph import Graph
-from bentoml_detectron.engines.memory import keep_freed_memory
 from bentoml_detectron.engines.parts import Example, Part, Replacement, find, record, replaced, with_module
 from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.engines.quantized import Range, quantize
 from bentoml_detectron.engines.structure import rebuild, tensors
 from bentoml_detectron.errors import InvalidArgumentError
+from bentoml_detectron.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import bentoml
 from bentoml import Tag
@@ -19,15 +19,13 @@ from starlette.exceptions import HTTPException
 
 from bentoml_detectron import __version__, threads
 from bentoml_detectron.errors import InvalidArgumentError
-from bentoml_detectron.service import logs
+from bentoml_detectron.service import apart, logs
+from bentoml_detectron.service.apart import Apart
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.front import Front, Settings, Worker
 from bentoml_detectron.service.life import drain_on_sigterm, give_back_at_rest, respawn_at_once, share_turns, wait_for_turn
 from bentoml_detectron.service.metrics import Metrics
 from bentoml_detectron.service.openapi import document
-
-if TYPE_CHECKING:
-    from bentoml_detectron.predictor import Predictor
 
 __all__ = ["Settings", "get_service"]
 
@@ -186,20 +184,16 @@ def _with_token(settings: Settings) -> Settings:
 
 def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str, prefix: str) -> None:
     """Starts a worker: the model is loaded beside the event loop, so that ``/readyz`` can say that it is not there yet."""
-    from bentoml_detectron.engines.memory import keep_freed_memory
+    from bentoml_detectron.memory import keep_freed_memory
 
     keep_freed_memory()  # before there are threads that allocate
     settings = worker.settings
     logs.install()
     worker.metrics = Metrics()
 
-    def load() -> Predictor:
-        from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
-
-        share_cores(workers)
+    def load() -> Apart:
         model = find()  # here, since a worker that cannot begin would be started again and again
-        predictor = load_tested(model, settings)
-        warm_up(predictor)
+        predictor = apart.start(model, settings, workers)
         worker.samples = _samples(predictor)
         worker.info = lambda: {**_info(model, predictor, settings), "path_prefix": prefix, "samples": list(worker.samples)}
         logger.info("%s is ready", model.tag)
@@ -209,7 +203,7 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
     drain_on_sigterm(worker.drain, settings.drain_seconds)
 
 
-def _samples(predictor: Predictor) -> dict[str, Path]:
+def _samples(predictor: Apart) -> dict[str, Path]:
     """Sample images for the page, by their names: the demo's, where the model is for what is on these."""
     from bentoml_detectron import demo
 
@@ -219,13 +213,11 @@ def _samples(predictor: Predictor) -> dict[str, Path]:
     return {path.name: path for path in demo.images()[:6]}
 
 
-def _info(model: bentoml.Model, predictor: Predictor, settings: Settings) -> dict[str, Any]:
-    from bentoml_detectron.artifact import folder
-
+def _info(model: bentoml.Model, predictor: Apart, settings: Settings) -> dict[str, Any]:
     dataset = predictor.dataset
     return {
         "tag": str(model.tag),
-        "architecture": type(predictor.model).__name__,
+        "architecture": predictor.architecture,
         "thing_classes": (dataset and dataset.thing_classes) or [],
         "stuff_classes": (dataset and dataset.stuff_classes) or [],
         "keypoint_names": (dataset and dataset.keypoint_names) or [],
@@ -234,5 +226,5 @@ def _info(model: bentoml.Model, predictor: Predictor, settings: Settings) -> dic
         "device": settings.device_id,
         "limits": {"max_body_bytes": settings.max_body_bytes, "max_image_pixels": settings.max_image_pixels},
         "labels": dict(model.info.labels),
-        "versions": folder.versions(),
+        "versions": predictor.versions,
     }

@@ -16,12 +16,18 @@ from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError
 from bentoml_detectron.image_headers import claimed_size
 from bentoml_detectron.options import Options
-from bentoml_detectron.predictor import Observe, Predictor, Prepared
+from bentoml_detectron.preparation import Observe, Prepared
+from bentoml_detectron.service.apart import Apart, ModelEndedError
+
+if TYPE_CHECKING:
+    from bentoml_detectron.predictor import Predictor
+
+    AnyPredictor: TypeAlias = Predictor | Apart
 
 logger = logging.getLogger("bentoml.detectron")
 
@@ -75,7 +81,7 @@ class Engine:
 
     def __init__(
         self,
-        load: Callable[[], Predictor],
+        load: Callable[[], AnyPredictor],
         observe: Observe,
         *,
         max_queue: int,
@@ -91,7 +97,7 @@ class Engine:
             max_pixels: Most pixels that may; None: as `BATCHES` and `PIXELS` say.
             decoders: Threads that decode images.
         """
-        self.predictor: Predictor | None = None
+        self.predictor: AnyPredictor | None = None
         self.failure: str | None = None
         self.max_pixels = max_pixels
         self.admitted = 0
@@ -101,7 +107,7 @@ class Engine:
         self._entered = 0
         self._pixels = 0
         self._seconds_per_image = 0.0
-        self._encoded: deque[tuple[Predictor, bytes, Options, _Job]] = deque()
+        self._encoded: deque[tuple[AnyPredictor, bytes, Options, _Job]] = deque()
         self._jobs: deque[_Job] = deque()
         self._wake = threading.Condition()
         self._company = 0  # requests that were here when the last batch ended
@@ -246,19 +252,25 @@ class Engine:
             logger.exception("%s cannot be counted", stage)
 
     def _work(self) -> None:
-        try:
-            predictor = self._load()
-            if self.max_pixels is None:
-                self.max_pixels = max(BATCHES * predictor.budget(), PIXELS)
-        except BaseException as exc:  # a model's own code may raise SystemExit
-            self._fail("the model cannot be loaded", exc)
-            return
-        self.predictor = predictor
-        try:
-            while self._step(predictor):
-                pass
-        except BaseException as exc:
-            self._fail("the model's thread has ended; the server has to be restarted", exc)
+        while not self._ended:
+            try:
+                predictor = self._load()
+                if self.max_pixels is None:
+                    self.max_pixels = max(BATCHES * predictor.budget(), PIXELS)
+            except BaseException as exc:  # a model's own code may raise SystemExit
+                self._fail("the model cannot be loaded", exc)
+                return
+            self.predictor = predictor
+            try:
+                while self._step(predictor):
+                    pass
+            except ModelEndedError as exc:
+                logger.error("%s; it is loaded again", exc)
+                self.predictor = None
+            except BaseException as exc:
+                self._fail("the model's thread has ended; the server has to be restarted", exc)
+            finally:
+                predictor.close()
 
     def _fail(self, what: str, exc: BaseException) -> None:
         reason = f"{what}: {' '.join(str(exc).split())[:1000] or type(exc).__name__}"
@@ -276,7 +288,7 @@ class Engine:
             self._jobs.clear()
             self._wake.notify_all()
 
-    def _step(self, predictor: Predictor) -> bool:
+    def _step(self, predictor: AnyPredictor) -> bool:
         """Runs the next batch; False at the end."""
         jobs = self._next(predictor)
         if not jobs:
@@ -289,9 +301,9 @@ class Engine:
         spent: dict[str, float] = {}
         try:
             results = self._results(predictor, [job.prepared for job in jobs], self._told(spent))
-        except BaseException:
+        except BaseException as exc:
             for job in jobs:
-                _deliver(job, NotReadyError("the model's thread has ended"))
+                _deliver(job, NotReadyError(str(exc) if isinstance(exc, ModelEndedError) else "the model's thread has ended"))
             raise
         end = time.perf_counter()
         self._company, self._gather_until = self._entered, end + _GATHER * (end - start)
@@ -302,20 +314,22 @@ class Engine:
             _deliver(job, result)
         return True
 
-    def _results(self, predictor: Predictor, group: Sequence[Prepared], observe: Observe) -> list[Any]:
+    def _results(self, predictor: AnyPredictor, group: Sequence[Prepared], observe: Observe) -> list[Any]:
         """One result an image. Where a batch fails, its images run alone, so that none is lost for another's sake."""
         try:
             results = predictor.run(group, observe)
             if len(results) != len(group):
                 raise RuntimeError(f"the predictor gave {len(results)} results for {len(group)} images")
             return results
+        except ModelEndedError:
+            raise
         except Exception as exc:
             logger.exception("the model failed on a batch of %d", len(group))
             if len(group) == 1:
                 return [DetectronError(f"the model failed: {type(exc).__name__}")]
         return [result for each in group for result in self._results(predictor, [each], observe)]
 
-    def _next(self, predictor: Predictor) -> list[_Job]:
+    def _next(self, predictor: AnyPredictor) -> list[_Job]:
         """The next batch: the request that waits longest, and others of its shape within the budget; none at the end."""
         with self._wake:
             self._wake.wait_for(lambda: self._ended or self._drop_cancelled())
@@ -330,7 +344,7 @@ class Engine:
             self._jobs = deque(job for job in self._jobs if id(job) not in taken)
             return batch
 
-    def _budget_of(self, predictor: Predictor) -> int:
+    def _budget_of(self, predictor: AnyPredictor) -> int:
         """Most pixels of a batch; to ask for the free memory takes a while, so it is asked for once a second at most."""
         if predictor.batch == "exact":
             return 0
@@ -364,7 +378,7 @@ def _deliver(job: _Job, result: Any) -> None:
         job.future.get_loop().call_soon_threadsafe(set_result)
 
 
-def _claimed_pixels(predictor: Predictor, image: bytes) -> int:
+def _claimed_pixels(predictor: AnyPredictor, image: bytes) -> int:
     """Pixels that an image will have in the model, by the size that its header claims; 0 for what will be refused.
 
     It is looked up on the event loop, so that a refusal need not wait for a decoder.

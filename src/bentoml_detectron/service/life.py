@@ -34,7 +34,7 @@ async def give_back_at_rest(engine: Engine, seconds: float = REST_SECONDS) -> No
         engine: Whose requests are counted.
         seconds: The while; it takes up to twice as long.
     """
-    from bentoml_detectron.engines.memory import give_back_freed_memory
+    from bentoml_detectron.memory import give_back_freed_memory
 
     last = given = 0
     while True:

@@ -1,0 +1,259 @@
+"""The model in a process of its own, beside the worker that answers for it.
+
+In one process, each of the model's many small steps would have to wait until the event loop gives Python's lock away, and both
+would slow down where many requests come (``benchmarks/bench_overload.py``). The worker starts the process, has a socket with it
+that nobody else has, and sends it arrays; results come back pickled. It ends with the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+
+from bentoml_detectron.artifact.manifest import Dataset, Input
+from bentoml_detectron.errors import DetectronError, NotReadyError
+from bentoml_detectron.images import Limits
+from bentoml_detectron.preparation import Batch, Observe, Padding, Preparation, Prepared
+from bentoml_detectron.results import Detections
+from bentoml_detectron.service.life import REST_SECONDS
+
+if TYPE_CHECKING:
+    from bentoml_detectron.predictor import Predictor
+    from bentoml_detectron.service.front import Settings
+
+logger = logging.getLogger("bentoml.detectron")
+
+START = "from bentoml_detectron.service import apart; apart.main({})"
+"""What the process runs, with the number of its end of the socket."""
+_BUSY = 0.15
+"""Cores that the worker may take while the model runs before the model leaves it one. PyTorch's threads wait for the slowest of
+them at each step, so two that share a core with another thread are slower than one on a core of its own."""
+_END_SECONDS = 5.0
+
+
+class ModelEndedError(NotReadyError):
+    """The process is gone: the system killed it, or the model's own code ended it."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What the process needs to load a model."""
+
+    model: bentoml.Model
+    settings: Settings
+    workers: int | str
+    paths: list[str]
+    names: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What the worker needs to know of a loaded model."""
+
+    architecture: str
+    input: Input
+    padding: Padding
+    dataset: Dataset | None
+    batch: Batch
+    limits: Limits
+    budget: int
+    versions: dict[str, str]
+
+
+class Apart(Preparation):
+    """A predictor whose images are prepared here, and whose model is in another process.
+
+    Attributes:
+        architecture: Name of the model's class.
+        versions: Of what the model runs on.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], connection: Connection, loaded: _Loaded) -> None:
+        super().__init__(loaded.input, loaded.padding, loaded.dataset, batch=loaded.batch, limits=loaded.limits)
+        self.architecture = loaded.architecture
+        self.versions = loaded.versions
+        self._process = process
+        self._connection = connection
+        self._budget = loaded.budget
+        self._is_busy = False
+
+    def budget(self) -> int:
+        """Most pixels, padding included, that may go through the model together, as it was after the last batch."""
+        return self._budget
+
+    def run(self, group: Sequence[Prepared], observe: Observe = lambda stage, seconds: None) -> list[Any]:
+        """As `Predictor.run`, for one thread at a time.
+
+        Raises:
+            ModelEndedError: The process is gone.
+            Exception: What the model raises.
+        """
+        try:
+            self._connection.send((list(group), self._is_busy))
+            cpu, start = time.process_time(), time.perf_counter()
+            self._connection.poll(None)
+            self._is_busy = time.process_time() - cpu > _BUSY * (time.perf_counter() - start)
+            results, stages, self._budget = self._connection.recv()
+        except (EOFError, OSError):
+            raise ModelEndedError(f"the model's process has ended ({_ending(self._process)}); ask again soon") from None
+        for stage, seconds in stages:
+            observe(stage, seconds)
+        if isinstance(results, Exception):
+            raise results
+        return list(results)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._connection.close()
+        _end(self._process)
+
+
+def start(model: bentoml.Model, settings: Settings, workers: int | str) -> Apart:
+    """Starts the process, and waits until it has loaded the model, tested it, and run it for the first time.
+
+    Raises:
+        DetectronError: It could not; the message says why.
+    """
+    from bentoml._internal.context import server_context
+
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-c", START.format(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    connection = Connection(ours.detach())
+    names = {name: getattr(server_context, name) for name in ("service_type", "service_name", "worker_index")}
+    try:
+        connection.send(_Task(model, settings, workers, sys.path, names))
+        loaded = connection.recv()
+    except (EOFError, OSError):
+        connection.close()
+        raise DetectronError(f"its process has ended while it loaded ({_ending(process)})") from None
+    if not isinstance(loaded, _Loaded):
+        connection.close()
+        _end(process)
+        raise DetectronError(str(loaded))
+    return Apart(process, connection, loaded)
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended, whose end of the socket is closed."""
+    code = _end(process)
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"status {code}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Waits for its end, which it finds on its socket; not for ever."""
+    try:
+        return process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def main(file: int) -> None:
+    """The process, from its start to its end."""
+    # The worker gets these, too, and ends when its requests are answered.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with suppress(EOFError, OSError), Connection(file) as connection:
+        predictor = _load(connection)
+        if predictor is not None:
+            _serve(predictor, connection)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process where its worker was killed, whatever it is at."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _load(connection: Connection) -> Predictor | None:
+    """Loads a model and says so, or why not."""
+    from bentoml._internal.context import server_context
+    from bentoml._internal.log import configure_server_logging
+
+    from bentoml_detectron.artifact import folder
+    from bentoml_detectron.memory import keep_freed_memory
+    from bentoml_detectron.service import logs
+    from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
+
+    keep_freed_memory()  # before there are threads that allocate
+    configure_server_logging()  # type: ignore[no-untyped-call]
+    logs.install()
+    task: _Task = connection.recv()
+    sys.path[:] = task.paths
+    for name, value in task.names.items():
+        setattr(server_context, name, value)
+    try:
+        share_cores(task.workers)
+        predictor = load_tested(task.model, task.settings)
+        warm_up(predictor)
+        loaded = _Loaded(
+            type(predictor.model).__name__, predictor.input, predictor.padding, predictor.dataset, predictor.batch,
+            predictor.limits, predictor.budget(), folder.versions(),
+        )  # fmt: skip
+    except BaseException as exc:  # a model's own code may raise SystemExit
+        if not isinstance(exc, DetectronError):  # which says what to do; where another came from helps to find out
+            logger.exception("%s cannot be loaded", task.model.tag)
+        connection.send(str(exc) or type(exc).__name__)
+        return None
+    connection.send(loaded)
+    return predictor
+
+
+def _serve(predictor: Predictor, connection: Connection) -> None:
+    """Runs batch after batch, until the worker closes the socket."""
+    import torch
+
+    from bentoml_detectron.memory import give_back_freed_memory
+
+    threads = torch.get_num_threads()
+    while True:
+        if not connection.poll(REST_SECONDS):
+            give_back_freed_memory()
+            connection.poll(None)
+        group, is_busy = connection.recv()
+        torch.set_num_threads(max(1, threads - is_busy))
+        results, stages = _run(predictor, group)
+        connection.send((results, stages, predictor.budget()))
+
+
+def _run(predictor: Predictor, group: list[Prepared]) -> tuple[Any, list[tuple[str, float]]]:
+    """Results, or the error, and the stages."""
+    stages: list[tuple[str, float]] = []
+    try:
+        found = predictor.run(group, lambda stage, seconds: stages.append((stage, seconds)))
+    except Exception as exc:
+        return _sendable(exc), stages
+    return [each if isinstance(each, (Detections, DetectronError)) else _no_detections() for each in found], stages
+
+
+def _no_detections() -> DetectronError:
+    return DetectronError("the model's output is none that this service can spell as JSON")
+
+
+def _sendable(exc: Exception) -> Any:
+    """An error with its traceback, where it can be pickled."""
+    whole = ExceptionWithTraceback(exc, exc.__traceback__)
+    try:
+        pickle.loads(pickle.dumps(whole))  # noqa: S301 its own bytes; some errors cannot be read back
+    except Exception:
+        return ExceptionWithTraceback(RuntimeError(f"{type(exc).__name__}: {exc}"), exc.__traceback__)
+    return whole
