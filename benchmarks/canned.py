@@ -42,5 +42,5 @@ def main(file: int) -> None:
     apart.main(file)
 
 
-apart.START = "import canned; canned.main({})"
+apart.START = "import sys; sys.path[:] = sys.argv[1:]; import canned; canned.main({})"
 service = bentoml.detectron.get_service("digits:latest")

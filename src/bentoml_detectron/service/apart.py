@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bentoml.detectron")
 
-START = "from bentoml_detectron.service import apart; apart.main({})"
-"""What the process runs, with the number of its end of the socket."""
+START = "import sys; sys.path[:] = sys.argv[1:]; from bentoml_detectron.service import apart; apart.main({})"
+"""What the process runs, with the number of its end of the socket; its arguments are where the worker finds modules."""
 _BUSY = 0.15
 """Cores that the worker may take while the model runs before the model leaves it one. PyTorch's threads wait for the slowest of
 them at each step, so two that share a core with another thread are slower than one on a core of its own."""
@@ -57,7 +57,6 @@ class _Task:
     model: bentoml.Model
     settings: Settings
     workers: int | str
-    paths: list[str]
     names: dict[str, Any]
 
 
@@ -133,12 +132,12 @@ def start(model: bentoml.Model, settings: Settings, workers: int | str) -> Apart
 
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, "-c", START.format(theirs.fileno())]
+        command = [sys.executable, "-c", START.format(theirs.fileno()), *sys.path]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
     connection = Connection(ours.detach())
     names = {name: getattr(server_context, name) for name in ("service_type", "service_name", "worker_index")}
     try:
-        connection.send(_Task(model, settings, workers, sys.path, names))
+        connection.send(_Task(model, settings, workers, names))
         loaded = connection.recv()
     except (EOFError, OSError):
         connection.close()
@@ -198,7 +197,6 @@ def _load(connection: Connection) -> Predictor | None:
     configure_server_logging()  # type: ignore[no-untyped-call]
     logs.install()
     task: _Task = connection.recv()
-    sys.path[:] = task.paths
     for name, value in task.names.items():
         setattr(server_context, name, value)
     try:
