@@ -127,24 +127,25 @@ def test_what_are_no_detections_is_an_error_in_its_place(oddly):
     assert "none that this service can spell" in str(found)
 
 
-@pytest.mark.skipif(torch.get_num_threads() < 2, reason="there is one core")
-def test_model_leaves_a_core_to_a_worker_that_is_busy_and_takes_it_back(oddly):
+def test_model_leaves_a_core_to_a_worker_that_is_busy_and_takes_it_back(odd_model, monkeypatch):
     ended = threading.Event()
 
     def spin() -> None:
         while not ended.is_set():
             pass
 
-    run(oddly, 50)
-    before = threads(run(oddly, 50))
-    spinning = threading.Thread(target=spin)
-    spinning.start()
-    run(oddly, 50)
-    during = threads(run(oddly, 50))
-    ended.set()
-    spinning.join()
-    run(oddly, 50)
-    assert (during, threads(run(oddly, 50))) == (before - 1, before)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with started(odd_model) as found:
+        run(found, 50)
+        before = threads(run(found, 50))
+        spinning = threading.Thread(target=spin)
+        spinning.start()
+        run(found, 50)
+        during = threads(run(found, 50))
+        ended.set()
+        spinning.join()
+        run(found, 50)
+        assert (before, during, threads(run(found, 50))) == (2, 1, 2)
 
 
 @pytest.mark.parametrize(("how", "why"), [("ends", "status 3"), ("killed", "SIGKILL")])
