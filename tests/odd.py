@@ -12,7 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-FAILS, NO_DETECTIONS, ENDS, FAILS_UNREADABLY = 40, 41, 42, 43
+FAILS, NO_DETECTIONS, ENDS, FAILS_UNREADABLY, COUNTS_THREADS = 40, 41, 42, 43, 44
 """Heights."""
 
 
@@ -25,7 +25,7 @@ class UnreadableError(Exception):
 
 @META_ARCH_REGISTRY.register()
 class Odd(nn.Module):
-    """Finds one box, whose class is the number of PyTorch's threads."""
+    """Finds one box."""
 
     @configurable
     def __init__(self) -> None:
@@ -55,5 +55,6 @@ class Odd(nn.Module):
             os._exit(3)
         if height == NO_DETECTIONS:
             return ["a list"]
-        boxes, classes = Boxes(torch.tensor([[1.0, 1.0, 9.0, 9.0]])), torch.tensor([torch.get_num_threads()])
+        boxes = Boxes(torch.tensor([[1.0, 1.0, 9.0, 9.0]]))
+        classes = torch.tensor([torch.get_num_threads() if height == COUNTS_THREADS else 0])
         return {"instances": Instances((height, width), pred_boxes=boxes, scores=torch.ones(1), pred_classes=classes)}

@@ -136,16 +136,16 @@ def test_model_leaves_a_core_to_a_worker_that_is_busy_and_takes_it_back(odd_mode
 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with started(odd_model) as found:
-        run(found, 50)
-        before = threads(run(found, 50))
+        run(found, odd.COUNTS_THREADS)
+        before = threads(run(found, odd.COUNTS_THREADS))
         spinning = threading.Thread(target=spin)
         spinning.start()
-        run(found, 50)
-        during = threads(run(found, 50))
+        run(found, odd.COUNTS_THREADS)
+        during = threads(run(found, odd.COUNTS_THREADS))
         ended.set()
         spinning.join()
-        run(found, 50)
-        assert (before, during, threads(run(found, 50))) == (2, 1, 2)
+        run(found, odd.COUNTS_THREADS)
+        assert (before, during, threads(run(found, odd.COUNTS_THREADS))) == (2, 1, 2)
 
 
 @pytest.mark.parametrize(("how", "why"), [("ends", "status 3"), ("killed", "SIGKILL")])
