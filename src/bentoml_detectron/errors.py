@@ -16,6 +16,7 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
     ├── OutOfMemoryError            ServiceUnavailable (503)
     ├── OverloadedError             ServiceUnavailable (503)
     ├── NotReadyError               ServiceUnavailable (503)
+    │   └── ModelEndedError         the process that a service has its model in is gone
     ├── InvalidModelError           a saved model that cannot be used
     │   ├── CorruptFileError        a file is damaged or missing
     │   ├── UnsafeFileError         a file holds what no saved model should
@@ -48,6 +49,7 @@ __all__ = [
     "ImageTooLargeError",
     "InvalidArgumentError",
     "InvalidModelError",
+    "ModelEndedError",
     "ModelNotFoundError",
     "NotReadyError",
     "OptimizationError",
@@ -154,6 +156,10 @@ class OverloadedError(DetectronError, ServiceUnavailable):
 
 class NotReadyError(DetectronError, ServiceUnavailable):
     """A service's model is not loaded yet, or the service is shutting down."""
+
+
+class ModelEndedError(NotReadyError):
+    """The process that a service has its model in is gone: the system killed it, or the model's own code ended it."""
 
 
 class InvalidModelError(DetectronError):

@@ -77,7 +77,14 @@ class Preparation:
         batch: Batch = "padded",
         limits: Limits | None = None,
     ) -> None:
-        """Takes what is known of a model; for `batch` see `Predictor`.
+        """Takes what is known of a model.
+
+        Args:
+            image_input: Channel order and size that it takes.
+            padding: To what it pads.
+            dataset: Class names and ids.
+            batch: As in `Predictor`.
+            limits: Of encoded images; `images.Limits()` unless given.
 
         Raises:
             InvalidArgumentError: (``ValueError``) An argument is out of range.
@@ -167,9 +174,10 @@ class Preparation:
 
 
 def scaled(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Height and width of an image whose shorter side is to have `shortest` pixels, but its longer one no more than `longest`.
+    """The height and width in pixels to which an image of `height` times `width` pixels, 1 or more each, is scaled.
 
-    Rounded as Detectron2's ``ResizeShortestEdge`` rounds, operation by operation.
+    Its shorter side gets `shortest` pixels, but its longer one no more than `longest`. Rounded as Detectron2's
+    ``ResizeShortestEdge`` rounds, operation by operation.
     """
     factor = shortest / min(height, width)
     sides = (float(shortest), factor * width) if height < width else (factor * height, float(shortest))

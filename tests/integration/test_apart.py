@@ -21,9 +21,9 @@ from detectron2.config import get_cfg
 
 import odd
 from bentoml_detectron import demo
-from bentoml_detectron.errors import DetectronError, NotReadyError
+from bentoml_detectron.errors import DetectronError, ModelEndedError, NotReadyError
 from bentoml_detectron.service import Settings, apart
-from bentoml_detectron.service.apart import Apart, ModelEndedError
+from bentoml_detectron.service.apart import Apart
 from bentoml_detectron.service.engine import Engine
 from support import built
 

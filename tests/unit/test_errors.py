@@ -24,6 +24,7 @@ def test_all_names_what_is_there():
         (errors.ImageTooLargeError, (errors.ImageError,), 413),
         (errors.ModelNotFoundError, (bentoml_exceptions.NotFound,), 404),
         (errors.DetectronMissingError, (bentoml_exceptions.MissingDependencyException,), 500),
+        (errors.ModelEndedError, (errors.NotReadyError,), 503),
         (errors.InvalidModelError, (), 500),
         (errors.CorruptFileError, (errors.InvalidModelError,), 500),
         (errors.UnsafeFileError, (errors.InvalidModelError,), 500),

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import bentoml
 
 from bentoml_detectron.artifact.manifest import Dataset, Input
-from bentoml_detectron.errors import DetectronError, NotReadyError
+from bentoml_detectron.errors import DetectronError, ModelEndedError
 from bentoml_detectron.images import Limits
 from bentoml_detectron.preparation import Batch, Observe, Padding, Preparation, Prepared
 from bentoml_detectron.results import Detections
@@ -44,10 +44,6 @@ _BUSY = 0.15
 """Cores that the worker may take while the model runs before the model leaves it one. PyTorch's threads wait for the slowest of
 them at each step, so two that share a core with another thread are slower than one on a core of its own."""
 _END_SECONDS = 5.0
-
-
-class ModelEndedError(NotReadyError):
-    """The process is gone: the system killed it, or the model's own code ended it."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +88,11 @@ class Apart(Preparation):
         self._is_busy = False
 
     def budget(self) -> int:
-        """Most pixels, padding included, that may go through the model together, as it was after the last batch."""
+        """Most pixels, padding included, that may go through the model together, by what was free after the last batch."""
         return self._budget
 
     def run(self, group: Sequence[Prepared], observe: Observe = lambda stage, seconds: None) -> list[Any]:
-        """As `Predictor.run`, for one thread at a time.
+        """As `Predictor.run`, for one thread at a time; a `DetectronError` also in the place of what are no `Detections`.
 
         Raises:
             ModelEndedError: The process is gone.
@@ -140,13 +136,12 @@ def start(model: bentoml.Model, settings: Settings, workers: int | str) -> Apart
         connection.send(_Task(model, settings, workers, names))
         loaded = connection.recv()
     except (EOFError, OSError):
-        connection.close()
-        raise DetectronError(f"its process has ended while it loaded ({_ending(process)})") from None
-    if not isinstance(loaded, _Loaded):
-        connection.close()
-        _end(process)
-        raise DetectronError(str(loaded))
-    return Apart(process, connection, loaded)
+        loaded = f"its process has ended while it loaded ({_ending(process)})"
+    if isinstance(loaded, _Loaded):
+        return Apart(process, connection, loaded)
+    connection.close()
+    _end(process)
+    raise DetectronError(loaded)
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

@@ -18,14 +18,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError
+from bentoml_detectron.errors import DetectronError, ModelEndedError, NotReadyError, OverloadedError
 from bentoml_detectron.image_headers import claimed_size
 from bentoml_detectron.options import Options
 from bentoml_detectron.preparation import Observe, Prepared
-from bentoml_detectron.service.apart import Apart, ModelEndedError
 
 if TYPE_CHECKING:
     from bentoml_detectron.predictor import Predictor
+    from bentoml_detectron.service.apart import Apart
 
     AnyPredictor: TypeAlias = Predictor | Apart
 
@@ -39,7 +39,6 @@ BATCHES = 8
 PIXELS = 32_000_000  # some 30 images of 800x1333, 100 MB
 _GATHER = 0.2
 """Longest wait after a batch, in that batch's time, until as many requests are there as were before its answers."""
-_BUDGET_SECONDS = 1.0
 _LONGEST_WAIT = 60  # seconds that Retry-After says at most
 
 
@@ -112,8 +111,6 @@ class Engine:
         self._wake = threading.Condition()
         self._company = 0  # requests that were here when the last batch ended
         self._gather_until = 0.0
-        self._budget = 0
-        self._budget_until = 0.0
         self._ended: str | None = None
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -333,7 +330,7 @@ class Engine:
         """The next batch: the request that waits longest, and others of its shape within the budget; none at the end."""
         with self._wake:
             self._wake.wait_for(lambda: self._ended or self._drop_cancelled())
-        budget = self._budget_of(predictor)
+        budget = 0 if predictor.batch == "exact" else predictor.budget()
         with self._wake:
             self._gather(budget)
             if not self._drop_cancelled():  # meanwhile: ended, or all have left
@@ -343,15 +340,6 @@ class Engine:
             taken = set(map(id, batch))
             self._jobs = deque(job for job in self._jobs if id(job) not in taken)
             return batch
-
-    def _budget_of(self, predictor: AnyPredictor) -> int:
-        """Most pixels of a batch; to ask for the free memory takes a while, so it is asked for once a second at most."""
-        if predictor.batch == "exact":
-            return 0
-        now = time.perf_counter()
-        if now >= self._budget_until:
-            self._budget, self._budget_until = predictor.budget(), now + _BUDGET_SECONDS
-        return self._budget
 
     def _gather(self, budget: int) -> None:
         """Waits a little for clients that were just answered and ask again, where they would fit into the next batch.

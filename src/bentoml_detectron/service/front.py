@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
 
-from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError
+from bentoml_detectron.errors import NotReadyError, OverloadedError
 from bentoml_detectron.service import gate
 from bentoml_detectron.service.engine import Engine
 from bentoml_detectron.service.metrics import STAGES, Metrics
@@ -209,8 +209,6 @@ class Front:
     async def _predict(self, request: _Request) -> _Answer:
         call, result = await self._found(request)
         start = time.perf_counter()
-        if not hasattr(result, "to_json"):
-            raise DetectronError("the model's output is none that this service can spell as JSON")
         if call.masks == "polygon":
             text = await self._engine().run(lambda: result.to_json(masks="polygon"))
         else:

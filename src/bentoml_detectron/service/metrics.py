@@ -58,11 +58,8 @@ class Metrics:
         """One request more, or less."""
         self._waiting.inc(change)
 
-    def found(self, result: Any) -> None:
-        """Counts what was found on an image; `result` may be any model's."""
-        if not hasattr(result, "class_names"):
-            return
-        detections: Detections = result
+    def found(self, detections: Detections) -> None:
+        """Counts what was found on an image."""
         if not len(detections) and detections.semantic is None:
             self._empty.inc()
         names = zip(detections.class_names, detections.class_ids.tolist(), strict=True)
