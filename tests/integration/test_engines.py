@@ -190,9 +190,12 @@ def test_threads_share_a_model(precision):
 class TestProposals:
     """The RPN's choice."""
 
-    @pytest.mark.parametrize("seed", range(5))
-    def test_is_detectron2s(self, seed):
+    @pytest.mark.parametrize("most", [20, 300, 700, 3000])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_is_detectron2s(self, seed, most):
+        """Whether the best boxes alone give enough of them, or more have to be compared, or all are too few."""
         rpn = built(tiny_cfg()).proposal_generator
+        rpn.post_nms_topk = {**rpn.post_nms_topk, False: most}
         generator = torch.Generator().manual_seed(seed)
         anchors = [
             Boxes(torch.rand(count, 4, generator=generator) * 50 + torch.tensor([0, 0, 60, 60])) for count in (3000, 700, 5)

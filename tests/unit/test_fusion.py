@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from detectron2.layers import Conv2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -62,3 +63,53 @@ def test_callers_random_numbers_stay():
 def test_what_looks_like_the_end_of_a_mask_head_and_is_none_stays(head):
     torch.manual_seed(0)
     assert not fusion.is_skipped(assert_fused_is_same(nn.Sequential(*head), torch.randn(2, 4, 5, 3))[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40))
+def test_stem_pools_bf16_as_pytorch_does(batch, height, width):
+    torch.manual_seed(0)
+    stem = BasicStem(3, 4, norm="").bfloat16().eval()
+    fused = fusion.fuse(copy.deepcopy(stem)).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, height, width).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        due = nn.functional.max_pool2d(fusion.convolved(fused.conv1, x, relu=True), 3, 2, 1)
+        found = fused(x)
+    assert torch.equal(found, due)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", [BasicBlock, BottleneckBlock])
+def test_blocks_overwrite_only_what_is_theirs(kind):
+    """The first block of a stage may get what others take, too."""
+    torch.manual_seed(0)
+    more = {"bottleneck_channels": 4} if kind is BottleneckBlock else {}
+    stage = nn.Sequential(*(kind(8, 8, norm="", **more) for _ in range(3)))
+    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    assert stage[0].shortcut is None
+    assert_fused_is_same(stage, x)
+    assert_fused_is_same(stage[1], x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolutions_of_inputs_of_any_size_in_any_order(dtype):
+    """Sizes that want their weights in another layout, as these do on some processors, and none at all, are among them."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(256, 720, 3, padding=1).to(dtype)
+    sizes = [(1, 20, 24), (1, 50, 68), (0, 5, 5), (2, 1, 1), (1, 20, 24)]
+    inputs = [torch.randn(batch, 256, *size).to(dtype).contiguous(memory_format=torch.channels_last) for batch, *size in sizes]
+    with torch.inference_mode():
+        due = [conv(x) for x in inputs]
+        found = [fusion.convolved(conv, x) for x in inputs]
+    for one, other in zip(found, due, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-3)
+
+
+def test_weights_of_a_convolution_are_there_once():
+    conv = nn.Conv2d(64, 64, 3)
+    with torch.inference_mode():
+        for size in range(3, 40):
+            fusion.convolved(conv, torch.randn(1, 64, size, size))
+    assert conv.weight.numel() == 0

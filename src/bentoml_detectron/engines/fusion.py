@@ -6,7 +6,7 @@ map can take as long as the convolution that made it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -18,17 +18,20 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import nn
 from torch.nn import functional
 
+from bentoml_detectron.engines.packed import Packed
 from bentoml_detectron.engines.quantized import Quantized, mapped
 
 Computes: TypeAlias = Callable[[Any, bool, Any], Any]
-"""Computes a convolution of its first argument, rectified or not, plus the third."""
-_COMPUTES = "_computes"  # an attribute of convolutions
+"""Computes a convolution of its first argument, rectified or not, plus the third, which may be overwritten."""
+_COMPUTES, _PACKED = "_computes", "_packed"  # attributes of convolutions
+_BLOCKS = (BasicBlock, BottleneckBlock)
+_OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight", "_get_mkldnn_serialized_md")
 
 
 def is_there() -> bool:
     """Whether this PyTorch has the operators."""
     there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return there and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    return there and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
 
 
 def fuse(module: nn.Module) -> nn.Module:
@@ -37,11 +40,12 @@ def fuse(module: nn.Module) -> nn.Module:
     Modules get other ``forward`` functions and stay where they are, since Detectron2 keeps some in lists beside.
     """
     each: Any
+    following = set(_following_blocks(module))
     for each in list(module.modules()):
         if type(each) is BottleneckBlock and all(_is_plain(conv) for conv in (each.conv1, each.conv2, each.conv3)):
-            each.forward = partial(_residual, each, (each.conv1, each.conv2), each.conv3)
+            each.forward = partial(_residual, each, (each.conv1, each.conv2), each.conv3, each in following)
         elif type(each) is BasicBlock and all(_is_plain(conv) for conv in (each.conv1, each.conv2)):
-            each.forward = partial(_residual, each, (each.conv1,), each.conv2)
+            each.forward = partial(_residual, each, (each.conv1,), each.conv2, each in following)
         elif type(each) is FPN and all(_is_plain(conv) for conv in (*each.lateral_convs, *each.output_convs)):
             for conv in each.output_convs:
                 conv.forward = partial(convolved, conv)
@@ -58,6 +62,13 @@ def fuse(module: nn.Module) -> nn.Module:
         elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and is_convolution(each):
             each.forward = partial(convolved, each, relu=True)
     return module
+
+
+def _following_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Blocks of a stage that take what the block before them has made, and nobody else takes."""
+    for stage in module.modules():
+        if isinstance(stage, nn.Sequential):
+            yield from (then for first, then in pairwise(stage) if type(first) in _BLOCKS and type(then) in _BLOCKS)
 
 
 def _follow(first: Any, then: Any) -> None:
@@ -166,7 +177,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def convolved(conv: Any, x: Any, relu: bool = False, add: Any = None) -> Any:
-    """A convolution, plus another tensor, rectified; in the way that was set for it."""
+    """A convolution, plus another tensor, which may be overwritten, rectified; in the way that was set for it."""
     computes: Computes | None = conv.__dict__.get(_COMPUTES)
     if computes is not None:
         return computes(x, relu, add)
@@ -175,20 +186,22 @@ def convolved(conv: Any, x: Any, relu: bool = False, add: Any = None) -> Any:
 
 
 def in_floats(conv: Any, x: torch.Tensor, relu: bool, add: torch.Tensor | None) -> torch.Tensor:
-    """A convolution in the type of its weights."""
+    """A convolution in the type of its weights; what is added gets the result."""
+    packed: Packed = conv.__dict__.get(_PACKED) or conv.__dict__.setdefault(_PACKED, Packed(conv))
     if not x.numel():
-        y = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        y = functional.conv2d(x, packed.plain(), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y  # there is nothing to add to
-    how = (conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    how = (packed.of(x.shape), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     result: torch.Tensor
     if add is None:
         result = torch.ops.mkldnn._convolution_pointwise(x, *how, "relu" if relu else "none", [], "")
     else:
-        result = torch.ops.mkldnn._convolution_pointwise(x, add, *how, "add", 1.0, "relu" if relu else None, [], None)
+        result = torch.ops.mkldnn._convolution_pointwise_(add, x, *how, "add", 1.0, "relu" if relu else None, [], None)
     return result
 
 
-def _residual(block: Any, first: tuple[Any, ...], last: Any, x: Any) -> Any:
+def _residual(block: Any, first: tuple[Any, ...], last: Any, owns: bool, x: Any) -> Any:
+    """As a block's ``forward``; `owns` what it takes, which it may overwrite."""
     take = getattr(first[0].__dict__.get(_COMPUTES), "taken", None)
     x = x if take is None else take(x)  # once for the two that take it
     y = x
@@ -196,9 +209,9 @@ def _residual(block: Any, first: tuple[Any, ...], last: Any, x: Any) -> Any:
         y = convolved(conv, y, relu=True)
     shortcut = block.shortcut
     if shortcut is None:
-        add = mapped(torch.clone, x) if isinstance(x, Quantized) else x  # integers are added in place
+        add = x if owns else mapped(torch.clone, x)
     else:
-        add = convolved(shortcut, x) if _is_plain(shortcut) else shortcut(x)
+        add = convolved(shortcut, x) if _is_plain(shortcut) else mapped(torch.clone, shortcut(x))
     return convolved(last, y, relu=True, add=add)
 
 
@@ -234,4 +247,24 @@ def _every_other(x: torch.Tensor) -> torch.Tensor:
 
 
 def _stem(stem: Any, x: torch.Tensor) -> torch.Tensor:
-    return functional.max_pool2d(convolved(stem.conv1, x, relu=True), kernel_size=3, stride=2, padding=1)
+    y = convolved(stem.conv1, x, relu=True)
+    if y.dtype == torch.bfloat16:
+        return _largest_of_rectified(y)
+    return functional.max_pool2d(y, kernel_size=3, stride=2, padding=1)
+
+
+def _largest_of_rectified(x: torch.Tensor) -> torch.Tensor:
+    """The stem's pooling of what is at least 0: as integers, which have the same order, and are compared faster."""
+    numbers = x.permute(0, 2, 3, 1).view(torch.int16)
+    return _along(_along(numbers, 1), 2).view(x.dtype).permute(0, 3, 1, 2)
+
+
+def _along(numbers: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest of each second number along an axis and of those beside it."""
+    whole = numbers.shape[dim]
+    largest = numbers.new_empty([*numbers.shape[:dim], (whole + 1) // 2, *numbers.shape[dim + 1 :]])
+    into, even, odd = largest.transpose(0, dim), numbers.transpose(0, dim)[::2], numbers.transpose(0, dim)[1::2]
+    torch.maximum(even[: len(odd)], odd, out=into[: len(odd)])
+    into[len(odd) :] = even[len(odd) :]
+    torch.maximum(into[1:], odd[: len(into) - 1], out=into[1:])
+    return largest

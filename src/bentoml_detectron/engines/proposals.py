@@ -1,7 +1,7 @@
 """The RPN's choice of proposals, without the work for anchors that are not chosen.
 
 Detectron2 sorts all scores of a level and decodes the boxes of all its anchors, a quarter of a million of them at 800x1088, to
-take a thousand. Here the best are taken first.
+take a thousand. Here the best are taken first; and of all levels' best, only as many are compared with each other as it takes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
 from torch import nn
+
+_FEW = 1000
+"""Boxes that are compared all at once."""
 
 
 def takes(generator: nn.Module | None) -> bool:
@@ -77,6 +80,17 @@ class ChoosingFirst:
         return found
 
     def _best(self, boxes: torch.Tensor, scores: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> Instances:
-        """One image's, the best first."""
-        kept = batched_nms(boxes, scores, levels, self.nms_thresh)[: self.post_nms_topk[False]]
+        """One image's, the best first.
+
+        Whether a box is kept depends on better ones alone, and what comparing takes grows with the square of their number.
+        """
+        most = self.post_nms_topk[False]
+        order = scores.argsort(descending=True, stable=True)
+        boxes, scores, levels = boxes[order], scores[order], levels[order]
+        some = max(_FEW, most * 3 // 2)
+        kept = batched_nms(boxes[:some], scores[:some], levels[:some], self.nms_thresh)
+        while len(kept) < most and some < len(boxes):
+            some = max(2 * some, int(1.2 * some * most / len(kept)))
+            kept = batched_nms(boxes[:some], scores[:some], levels[:some], self.nms_thresh)
+        kept = kept[:most]
         return Instances(size, proposal_boxes=Boxes(boxes[kept]), objectness_logits=scores[kept])
