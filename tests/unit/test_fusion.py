@@ -107,9 +107,39 @@ def test_convolutions_of_inputs_of_any_size_in_any_order(dtype):
         torch.testing.assert_close(one, other, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-3)
 
 
-def test_weights_of_a_convolution_are_there_once():
-    conv = nn.Conv2d(64, 64, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 3])
+def test_same_input_gives_the_same_each_time(dtype, window):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(24, 40, window, padding=window // 2).to(dtype).to(memory_format=torch.channels_last)
+    for size in range(1, 100, 3):
+        x = torch.randn(1, 24, size, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            first = fusion.convolved(conv, x)
+            assert all(torch.equal(fusion.convolved(conv, x), first) for _ in range(3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.integers(1, 2), st.sampled_from([3, 16, 256]), st.integers(1, 80), st.integers(1, 9)),
+    st.sampled_from([(1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 2, 0), (7, 2, 3), (5, 4, 2), (2, 2, 0)]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_narrow_maps_in_bf16(size, how, relu, adds):
+    """With strides, oneDNN's kernel for bf16 gives numbers out of the blue where its output is one pixel wide and many high."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(size[1], 32, *how).bfloat16().to(memory_format=torch.channels_last)
+    x = torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last)
+    if min(each + 2 * how[2] for each in size[2:]) < how[0]:
+        return
     with torch.inference_mode():
-        for size in range(3, 40):
-            fusion.convolved(conv, torch.randn(1, 64, size, size))
-    assert conv.weight.numel() == 0
+        due = copy.deepcopy(conv).float()(x.float())
+        add = torch.randn(due.shape).bfloat16().contiguous(memory_format=torch.channels_last) if adds else None
+        due = due if add is None else due + add.float()
+        for _ in range(3):
+            found = fusion.convolved(conv, x, relu, None if add is None else add.clone())
+            torch.testing.assert_close(found.float(), due.relu() if relu else due, atol=0.05, rtol=0.02)
+        if add is None:
+            found = fusion.fuse(nn.Sequential(conv))(x)
+            torch.testing.assert_close(found.float(), due, atol=0.05, rtol=0.02)

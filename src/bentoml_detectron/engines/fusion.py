@@ -61,6 +61,9 @@ def fuse(module: nn.Module) -> nn.Module:
                     _predict_before_enlarging(*three)
         elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and is_convolution(each):
             each.forward = partial(convolved, each, relu=True)
+    for each in module.modules():
+        if isinstance(each, nn.Conv2d) and not is_fused(each):
+            _keep_from_one_column(each)
     return module
 
 
@@ -187,17 +190,54 @@ def convolved(conv: Any, x: Any, relu: bool = False, add: Any = None) -> Any:
 
 def in_floats(conv: Any, x: torch.Tensor, relu: bool, add: torch.Tensor | None) -> torch.Tensor:
     """A convolution in the type of its weights; what is added gets the result."""
-    packed: Packed = conv.__dict__.get(_PACKED) or conv.__dict__.setdefault(_PACKED, Packed(conv))
     if not x.numel():
-        y = functional.conv2d(x, packed.plain(), conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        y = functional.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y  # there is nothing to add to
+    if _has_one_column(conv, x):
+        y = in_floats(conv, _with_another(conv, x), relu, None if add is None else functional.pad(add, (0, 1)))
+        return _first_column(y)
+    packed: Packed = conv.__dict__.get(_PACKED) or conv.__dict__.setdefault(_PACKED, Packed(conv))
     how = (packed.of(x.shape), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     result: torch.Tensor
     if add is None:
         result = torch.ops.mkldnn._convolution_pointwise(x, *how, "relu" if relu else "none", [], "")
     else:
+        add = add.contiguous(memory_format=torch.channels_last)  # as it is already, but for maps of a pixel
         result = torch.ops.mkldnn._convolution_pointwise_(add, x, *how, "add", 1.0, "relu" if relu else None, [], None)
     return result
+
+
+def _has_one_column(conv: Any, x: torch.Tensor) -> bool:
+    """Whether oneDNN's kernel would give numbers out of the blue.
+
+    Those for bf16 and AMX do where windows have strides and the output is one pixel wide and many high, in PyTorch's own
+    convolution, too. So such inputs get more zeros on the right.
+    """
+    if x.dtype != torch.bfloat16 or x.ndim != 4 or max(conv.stride) == 1 or max(conv.kernel_size) == 1:
+        return False
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    window = conv.dilation[1] * (conv.kernel_size[1] - 1) + 1
+    return bool((x.shape[3] + 2 * conv.padding[1] - window) // conv.stride[1] == 0)
+
+
+def _with_another(conv: Any, x: torch.Tensor) -> torch.Tensor:
+    """The input, wide enough for another column of output."""
+    return functional.pad(x, (0, conv.stride[1]))
+
+
+def _first_column(y: torch.Tensor) -> torch.Tensor:
+    return y[..., :1].contiguous(memory_format=torch.channels_last)
+
+
+def _keep_from_one_column(conv: Any) -> None:
+    """Lets a convolution that is not fused see to it itself."""
+    own = conv.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return _first_column(own(_with_another(conv, x))) if _has_one_column(conv, x) else own(x)
+
+    conv.forward = forward
 
 
 def _residual(block: Any, first: tuple[Any, ...], last: Any, owns: bool, x: Any) -> Any:

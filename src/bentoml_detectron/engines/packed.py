@@ -1,50 +1,44 @@
-"""Weights of convolutions in the layouts of oneDNN's kernels, which would put plain ones in order at each call.
-
-Which layout a kernel takes depends on the size of its input, and to give it another's is many times slower than plain weights.
-"""
+"""Weights of convolutions in the layouts of oneDNN's kernels, which would put plain ones in order at each call."""
 
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
 
 _SIZES = 64
-"""Sizes of inputs whose layout is kept in mind, the last ones."""
+"""Sizes of inputs that are kept in mind, the last ones that were new."""
 
 
 class Packed:
-    """The weights of a convolution; once they are asked for, it has none itself.
+    """The weights of a convolution that does not change any more; threads may share them.
 
-    There is one copy a layout, and convolutions have one or few, whatever sizes their inputs have. Threads may share it.
+    Which layout a kernel takes depends on the size of its input, and to give it another's is many times slower than to give it
+    plain weights. So these stay, for sizes that never came before, and there is a copy for each layout, of which there are few.
     """
 
     def __init__(self, conv: Any) -> None:
         self._conv = conv
         self._how = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self._sizes: dict[torch.Size, torch.Tensor | None] = {}  # None: it came once
         self._layouts: dict[bytes, torch.Tensor] = {}
         self._lock = threading.Lock()
-        self.of = lru_cache(_SIZES)(self._of)
 
-    def plain(self) -> torch.Tensor:
-        """The weights as PyTorch has them."""
-        with self._lock:
-            return self._plain()
-
-    def _plain(self) -> torch.Tensor:
-        if not self._layouts:
-            weight: torch.Tensor = self._conv.weight.detach()
-            return weight
-        return next(iter(self._layouts.values())).to_dense()
-
-    def _of(self, size: torch.Size) -> torch.Tensor:
+    def of(self, size: torch.Size) -> torch.Tensor:
         """The weights for an input of this size."""
         with self._lock:
-            weight: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(self._plain(), *self._how, list(size))
-            layout = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(weight).tolist())
-            if not self._layouts:
-                self._conv.weight = nn.Parameter(weight.new_empty(0, layout=torch.strided), requires_grad=False)
-            return self._layouts.setdefault(layout, weight)
+            weight: torch.Tensor | None = self._sizes.get(size)
+            if weight is None and size in self._sizes:
+                weight = self._sizes[size] = self._packed(size)
+            elif weight is None:
+                weight = self._conv.weight
+                self._sizes[size] = None
+                if len(self._sizes) > _SIZES:
+                    del self._sizes[next(iter(self._sizes))]
+            return weight
+
+    def _packed(self, size: torch.Size) -> torch.Tensor:
+        weight = torch.ops.mkldnn._reorder_convolution_weight(self._conv.weight, *self._how, list(size))
+        layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
+        return self._layouts.setdefault(layout, weight)
