@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from typing import Any
@@ -12,7 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-FAILS, NO_DETECTIONS, ENDS, FAILS_UNREADABLY, COUNTS_THREADS = 40, 41, 42, 43, 44
+FAILS, NO_DETECTIONS, ENDS, FAILS_UNREADABLY, COUNTS_THREADS, COUNTS_SPARED = 40, 41, 42, 43, 44, 45
 """Heights."""
 
 
@@ -56,5 +57,6 @@ class Odd(nn.Module):
         if height == NO_DETECTIONS:
             return ["a list"]
         boxes = Boxes(torch.tensor([[1.0, 1.0, 9.0, 9.0]]))
-        classes = torch.tensor([torch.get_num_threads() if height == COUNTS_THREADS else 0])
+        counts = {COUNTS_THREADS: torch.get_num_threads(), COUNTS_SPARED: gc.get_freeze_count()}
+        classes = torch.tensor([counts.get(height, 0)])
         return {"instances": Instances((height, width), pred_boxes=boxes, scores=torch.ones(1), pred_classes=classes)}

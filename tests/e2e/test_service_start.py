@@ -44,11 +44,11 @@ def turned_home(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def two_workers(folder: Path, home: Path, slow: int) -> Iterator[Server]:
-    """A server that starts; the `slow`-th of its workers to build the model needs some seconds more for it."""
+def two_workers(folder: Path, home: Path, slow: int, seconds: int = SECONDS) -> Iterator[Server]:
+    """A server that starts; the `slow`-th of its workers to build the model needs some seconds more for it, or fails."""
     (folder / "turns").mkdir()
     write_service(folder, "'turned:latest', workers=2, settings=Settings(trusted=('turned',))")
-    with started(folder, home, PYTHONPATH=PATHS, TURNED_SLOW=f"{folder / 'turns'} {slow} {SECONDS}") as server:
+    with started(folder, home, PYTHONPATH=PATHS, TURNED_SLOW=f"{folder / 'turns'} {slow} {seconds}") as server:
         yield server
 
 
@@ -97,4 +97,13 @@ def test_worker_that_is_killed_while_it_loads_keeps_the_other_from_nothing(tmp_p
         seen = answers(server, 2)
         first = next(index for index, (ready, _) in enumerate(seen) if ready == 200)
         assert set(seen[first:]) == {(200, 200)}
+        assert_all_answer(server)
+
+
+def test_first_worker_that_cannot_load_makes_room(tmp_path, turned_home):
+    """It alone says why, until the other is ready; then one more is started in its place."""
+    with two_workers(tmp_path, turned_home, 0, -1) as server:
+        server.until(lambda: server.log.count("is ready") == 2)
+        assert server.log.count("the model cannot be loaded") == 1
+        server.until(lambda: len(server.workers()) == 2 and server.ready()[0] == 200)
         assert_all_answer(server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -72,7 +73,7 @@ def run(predictor, *images, **options) -> list:
     return predictor.run([predictor.prepare(each, predictor.options(**options)) for each in pictures])
 
 
-def threads(results: list) -> int:
+def counted(results: list) -> int:
     return int(results[0].class_ids[0])
 
 
@@ -137,15 +138,23 @@ def test_model_leaves_a_core_to_a_worker_that_is_busy_and_takes_it_back(odd_mode
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with started(odd_model) as found:
         run(found, odd.COUNTS_THREADS)
-        before = threads(run(found, odd.COUNTS_THREADS))
+        before = counted(run(found, odd.COUNTS_THREADS))
         spinning = threading.Thread(target=spin)
         spinning.start()
         run(found, odd.COUNTS_THREADS)
-        during = threads(run(found, odd.COUNTS_THREADS))
+        during = counted(run(found, odd.COUNTS_THREADS))
         ended.set()
         spinning.join()
         run(found, odd.COUNTS_THREADS)
-        assert (before, during, threads(run(found, odd.COUNTS_THREADS))) == (2, 1, 2)
+        assert (before, during, counted(run(found, odd.COUNTS_THREADS))) == (2, 1, 2)
+
+
+def test_garbage_collector_leaves_alone_what_the_start_has_made(odd_model):
+    gc.unfreeze()
+    with started(odd_model) as there:
+        assert gc.get_freeze_count() > 10_000
+        assert counted(run(there, odd.COUNTS_SPARED)) > 10_000
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("how", "why"), [("ends", "status 3"), ("killed", "SIGKILL")])

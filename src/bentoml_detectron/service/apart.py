@@ -126,6 +126,8 @@ def start(model: bentoml.Model, settings: Settings, workers: int | str) -> Apart
     """
     from bentoml._internal.context import server_context
 
+    from bentoml_detectron.memory import spare_from_collection
+
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-c", START.format(theirs.fileno()), *sys.path]
@@ -138,6 +140,7 @@ def start(model: bentoml.Model, settings: Settings, workers: int | str) -> Apart
     except (EOFError, OSError):
         loaded = f"its process has ended while it loaded ({_ending(process)})"
     if isinstance(loaded, _Loaded):
+        spare_from_collection()
         return Apart(process, connection, loaded)
     connection.close()
     _end(process)
@@ -184,7 +187,7 @@ def _load(connection: Connection) -> Predictor | None:
     from bentoml._internal.log import configure_server_logging
 
     from bentoml_detectron.artifact import folder
-    from bentoml_detectron.memory import keep_freed_memory
+    from bentoml_detectron.memory import keep_freed_memory, spare_from_collection
     from bentoml_detectron.service import logs
     from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
 
@@ -207,6 +210,7 @@ def _load(connection: Connection) -> Predictor | None:
             logger.exception("%s cannot be loaded", task.model.tag)
         connection.send(str(exc) or type(exc).__name__)
         return None
+    spare_from_collection()
     connection.send(loaded)
     return predictor
 

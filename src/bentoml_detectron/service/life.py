@@ -81,7 +81,8 @@ async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bo
 
     Workers share a socket, and whoever listens gets requests, ``/readyz`` among them. So of those that start together one
     listens at once, to say that the model is being loaded. Any other listens when its own model is loaded, and the first one's
-    is, too, or the first one is gone. If its model cannot be loaded, it does not listen while another one does.
+    is, too, or the first one is gone. If its model cannot be loaded, it does not listen while another one does; if that is the
+    first one, it ends when another is ready.
 
     The file's lock is the first one's alone while it loads, and shared by those that are ready. It ends with their processes.
 
@@ -103,11 +104,22 @@ async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bo
 
 def _share_when_loaded(file: int, engine: Engine) -> None:
     if engine.failure is not None:
-        fcntl.lockf(file, fcntl.LOCK_UN)
+        _leave_to_others(file)
     elif engine.predictor is not None:
         fcntl.lockf(file, fcntl.LOCK_SH)  # at no moment is it free
     else:
         asyncio.get_running_loop().call_later(_POLL, _share_when_loaded, file, engine)
+
+
+def _leave_to_others(file: int) -> None:
+    """Ends this worker, which listens and has no model, once another is ready. The one in its place will wait for its turn."""
+    is_free = _locks(file, fcntl.LOCK_EX)
+    others_are_ready = not is_free and _locks(file, fcntl.LOCK_SH)  # otherwise one that has no model either is the first now
+    fcntl.lockf(file, fcntl.LOCK_UN)
+    if others_are_ready:
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        asyncio.get_running_loop().call_later(_PAUSE, _leave_to_others, file)
 
 
 def _turns(service: str) -> str:
