@@ -44,10 +44,10 @@ def turned_home(tmp_path_factory) -> Path:
 
 
 @contextmanager
-def two_workers(folder: Path, home: Path, slow: int, seconds: int = SECONDS) -> Iterator[Server]:
+def several_workers(folder: Path, home: Path, slow: int | str, seconds: int = SECONDS, count: int = 2) -> Iterator[Server]:
     """A server that starts; the `slow`-th of its workers to build the model needs some seconds more for it, or fails."""
     (folder / "turns").mkdir()
-    write_service(folder, "'turned:latest', workers=2, settings=Settings(trusted=('turned',))")
+    write_service(folder, f"'turned:latest', workers={count}, settings=Settings(trusted=('turned',))")
     with started(folder, home, PYTHONPATH=PATHS, TURNED_SLOW=f"{folder / 'turns'} {slow} {seconds}") as server:
         yield server
 
@@ -69,27 +69,30 @@ def assert_no_503_after_200(seen: list[tuple[int, int]]) -> None:
     assert set(seen[first:]) == {(200, 200)}
 
 
-def assert_all_answer(server: Server) -> None:
-    """Each of the two while the other is stopped."""
+def assert_all_answer(server: Server, count: int = 2) -> None:
+    """Each while the others are stopped."""
     workers = server.workers()
-    assert len(workers) == 2
-    for stopped in workers:
-        os.kill(stopped, signal.SIGSTOP)
+    assert len(workers) == count
+    for left in workers:
+        stopped = [each for each in workers if each != left]
+        for each in stopped:
+            os.kill(each, signal.SIGSTOP)
         try:
             assert server.predict(IMAGE).status_code == 200
         finally:
-            os.kill(stopped, signal.SIGCONT)
+            for each in stopped:
+                os.kill(each, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_worker_that_loads_answers_only_while_none_is_ready(tmp_path, turned_home, slow):
-    with two_workers(tmp_path, turned_home, slow) as server:
+    with several_workers(tmp_path, turned_home, slow) as server:
         assert_no_503_after_200(answers(server, 2))
         assert_all_answer(server)
 
 
 def test_worker_that_is_killed_while_it_loads_keeps_the_other_from_nothing(tmp_path, turned_home):
-    with two_workers(tmp_path, turned_home, 0) as server:
+    with several_workers(tmp_path, turned_home, 0) as server:
         server.until(lambda: server.ready()[0] == 503)
         before = server.workers()
         # One of these is the one that says so.
@@ -100,10 +103,11 @@ def test_worker_that_is_killed_while_it_loads_keeps_the_other_from_nothing(tmp_p
         assert_all_answer(server)
 
 
-def test_first_worker_that_cannot_load_makes_room(tmp_path, turned_home):
-    """It alone says why, until the other is ready; then one more is started in its place."""
-    with two_workers(tmp_path, turned_home, 0, -1) as server:
-        server.until(lambda: server.log.count("is ready") == 2)
-        assert server.log.count("the model cannot be loaded") == 1
-        server.until(lambda: len(server.workers()) == 2 and server.ready()[0] == 200)
-        assert_all_answer(server)
+@pytest.mark.parametrize("failing", ["0", "0,1"])
+def test_workers_that_cannot_load_make_room(tmp_path, turned_home, failing):
+    """They alone say why, until another is ready; if they listened until then, others are started in their place."""
+    count = len(failing.split(",")) + 1
+    with several_workers(tmp_path, turned_home, failing, -1, count) as server:
+        server.until(lambda: all(server.ready()[0] == 200 for _ in range(20)))
+        assert server.log.count("the model cannot be loaded") == count - 1
+        assert {server.predict(IMAGE).status_code for _ in range(20)} == {200}

@@ -143,3 +143,29 @@ def test_narrow_maps_in_bf16(size, how, relu, adds):
         if add is None:
             found = fusion.fuse(nn.Sequential(conv))(x)
             torch.testing.assert_close(found.float(), due, atol=0.05, rtol=0.02)
+
+
+def test_narrow_maps_keep_their_own_statistics():
+    """The column that is left out takes no part in a norm."""
+    torch.manual_seed(0)
+    conv = Conv2d(64, 64, 3, 2, 1, norm=nn.GroupNorm(4, 64)).bfloat16().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 64, 50, 1).bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        due = copy.deepcopy(conv).float()(x.float())
+        found = fusion.fuse(nn.Sequential(conv))(x)
+    torch.testing.assert_close(found.float(), due, atol=0.1, rtol=0.05)
+
+
+def test_weights_are_in_memory_a_few_times_however_many_sizes_come():
+    conv = nn.Conv2d(256, 256, 3, padding=1).bfloat16().to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for size in range(1, 40):
+            x = torch.zeros(1, 256, size, 60 - size).bfloat16().contiguous(memory_format=torch.channels_last)
+            weights = {id(packed.of(x.shape)) for packed in [_packed(conv, x)] for _ in range(2)}
+            assert len(weights) <= 2
+    assert len(conv.__dict__["_packed"]._layouts) <= 2
+
+
+def _packed(conv, x):
+    fusion.convolved(conv, x)
+    return conv.__dict__["_packed"]

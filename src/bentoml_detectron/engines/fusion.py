@@ -62,7 +62,7 @@ def fuse(module: nn.Module) -> nn.Module:
         elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and is_convolution(each):
             each.forward = partial(convolved, each, relu=True)
     for each in module.modules():
-        if isinstance(each, nn.Conv2d) and not is_fused(each):
+        if type(each) in (nn.Conv2d, Conv2d) and not is_fused(each):
             _keep_from_one_column(each)
     return module
 
@@ -235,7 +235,14 @@ def _keep_from_one_column(conv: Any) -> None:
     own = conv.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return _first_column(own(_with_another(conv, x))) if _has_one_column(conv, x) else own(x)
+        if not _has_one_column(conv, x):
+            result: torch.Tensor = own(x)
+            return result
+        how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        y = _first_column(functional.conv2d(_with_another(conv, x), conv.weight, conv.bias, *how))
+        for then in (getattr(conv, "norm", None), getattr(conv, "activation", None)):
+            y = y if then is None else then(y)
+        return y
 
     conv.forward = forward
 

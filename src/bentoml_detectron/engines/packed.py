@@ -9,13 +9,15 @@ import torch
 
 _SIZES = 64
 """Sizes of inputs that are kept in mind, the last ones that were new."""
+_LAYOUTS = 2
+"""Copies of the weights; the sizes that an image has in a network want one or two, those of many images together dozens."""
 
 
 class Packed:
     """The weights of a convolution that does not change any more; threads may share them.
 
     Which layout a kernel takes depends on the size of its input, and to give it another's is many times slower than to give it
-    plain weights. So these stay, for sizes that never came before, and there is a copy for each layout, of which there are few.
+    plain weights. So these stay, for sizes that never came before and for those that want one layout too many.
     """
 
     def __init__(self, conv: Any) -> None:
@@ -41,4 +43,7 @@ class Packed:
     def _packed(self, size: torch.Size) -> torch.Tensor:
         weight = torch.ops.mkldnn._reorder_convolution_weight(self._conv.weight, *self._how, list(size))
         layout = torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
-        return self._layouts.setdefault(layout, weight)
+        if layout not in self._layouts and len(self._layouts) < _LAYOUTS:
+            self._layouts[layout] = weight
+        plain: torch.Tensor = self._conv.weight
+        return self._layouts.get(layout, plain)

@@ -9,6 +9,7 @@ import asyncio
 import fcntl
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _POLL = 0.02
 """Seconds between two looks at whether a worker may listen."""
 REST_SECONDS = 5.0
+_FLOCK = "hhqqi"  # fcntl.h's struct flock, on 64-bit Linux
 _PAUSE = 1.0
 """Least seconds between two looks at the workers, so that one that ends as it begins is not started all the time."""
 
@@ -100,6 +102,8 @@ async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bo
     await engine.loaded()
     while not _locks(file, fcntl.LOCK_SH if engine.failure is None else fcntl.LOCK_EX) and not is_ending():
         await asyncio.sleep(_POLL)
+    if engine.failure is not None:
+        _leave_to_others(file)
 
 
 def _share_when_loaded(file: int, engine: Engine) -> None:
@@ -113,10 +117,10 @@ def _share_when_loaded(file: int, engine: Engine) -> None:
 
 def _leave_to_others(file: int) -> None:
     """Ends this worker, which listens and has no model, once another is ready. The one in its place will wait for its turn."""
-    is_free = _locks(file, fcntl.LOCK_EX)
-    others_are_ready = not is_free and _locks(file, fcntl.LOCK_SH)  # otherwise one that has no model either is the first now
     fcntl.lockf(file, fcntl.LOCK_UN)
-    if others_are_ready:
+    # What stands against a lock for itself alone: that of one that loads is such a one, too, those of ready ones are shared.
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    if struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] == fcntl.F_RDLCK:
         os.kill(os.getpid(), signal.SIGTERM)
     else:
         asyncio.get_running_loop().call_later(_PAUSE, _leave_to_others, file)
