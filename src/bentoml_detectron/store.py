@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import logging
+import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -367,6 +369,11 @@ def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) 
     return due
 
 
+def _new_version() -> str:
+    """Looks as BentoML's do, which follow from the clock: processes that were forked together have got the same one."""
+    return base64.b32encode(secrets.token_bytes(10)).decode("ascii").lower()
+
+
 def _record(
     tag: Tag,
     is_predictor: bool,
@@ -380,7 +387,7 @@ def _record(
         raise InvalidArgumentError(f"{str(tag)!r}: 'latest' is BentoML's name for the newest version; give another", value=tag)
     try:
         return ModelInfo(
-            tag=tag if tag.version else tag.make_new_version(),
+            tag=tag if tag.version else Tag(tag.name, _new_version()),
             module=MODULE,
             api_version=API_VERSION,
             signatures=copy.deepcopy(signatures) if signatures else {"__call__": ModelSignature(batchable=False)},

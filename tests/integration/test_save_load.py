@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import uuid
 from pathlib import Path
 
 import bentoml
@@ -193,6 +194,15 @@ def test_one_config_may_be_shared_by_two_models():
         loaded = bentoml.detectron.load_model(model)
         for name, value in module.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_versions_do_not_follow_from_the_clock(monkeypatch):
+    """Which processes that save at the same moment share, and those that were forked together all that goes with it."""
+    at = uuid.uuid1()
+    monkeypatch.setattr(uuid, "uuid1", lambda *arguments: at)
+    cfg = tiny_cfg()
+    module = built(cfg)
+    assert len({bentoml.detectron.save_model("at_once", module, cfg).tag.version for _ in range(3)}) == 3
 
 
 def test_record_of_a_saved_model_is_what_the_contract_says(demo_predictor):
