@@ -83,8 +83,8 @@ async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bo
 
     Workers share a socket, and whoever listens gets requests, ``/readyz`` among them. So of those that start together one
     listens at once, to say that the model is being loaded. Any other listens when its own model is loaded, and the first one's
-    is, too, or the first one is gone. If its model cannot be loaded, it does not listen while another one does; if that is the
-    first one, it ends when another is ready.
+    is, too, or the first one is gone. If its model cannot be loaded, it does not listen while another one does, and where
+    it listens already, it ends when another is ready.
 
     The file's lock is the first one's alone while it loads, and shared by those that are ready. It ends with their processes.
 
