@@ -102,7 +102,7 @@ def row(name: str, target: Target, answers: Answers, seconds: float, before: int
 
 
 def measure(target: Target, seconds: float, times: float) -> None:
-    gc.freeze()  # or the client's garbage collector stops it for 100 ms and more, while the server's answers wait
+    gc.freeze()  # or the client's garbage collector stops it now and then, while the server's answers wait
     asyncio.run(closed_loop(target, 8, 5))  # warm
     print(f"{'':22} {'asked/s':>10} {'useful/s':>10} {'503 p50 ms':>12} {'503 p99 ms':>12} {'in vain':>8}   others")
     before, start = images_at_the_model(target.port), time.perf_counter()

@@ -55,8 +55,8 @@ def _function(name: str) -> Callable[..., int] | None:
 def spare_from_collection() -> None:
     """Lets Python's garbage collector leave alone what there is now, for a process that has made all that stays.
 
-    To look through the objects that imports make takes it 50 ms in a service's worker and more where PyTorch is, every few
-    seconds under load, and nothing else runs meanwhile.
+    Under load it looks every few seconds through the objects that imports make, and nothing else runs meanwhile; requests that
+    are refused then wait for it (``benchmarks/bench_overload.py``).
     """
     gc.collect()
     gc.freeze()

@@ -8,13 +8,16 @@ import pytest
 import torch
 from detectron2.layers import Conv2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bentoml_detectron import engines
 from bentoml_detectron.engines import fusion
 
 pytestmark = pytest.mark.skipif(not fusion.is_there(), reason="this PyTorch has no fused convolutions")
+needs_bf16 = pytest.mark.skipif(not engines.has_bf16(), reason="this processor does not compute in bf16")
+every_float = pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
 
 
 def assert_fused_is_same(module: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -65,6 +68,7 @@ def test_what_looks_like_the_end_of_a_mask_head_and_is_none_stays(head):
     assert not fusion.is_skipped(assert_fused_is_same(nn.Sequential(*head), torch.randn(2, 4, 5, 3))[1])
 
 
+@needs_bf16
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40))
 def test_stem_pools_bf16_as_pytorch_does(batch, height, width):
@@ -93,7 +97,7 @@ def test_blocks_overwrite_only_what_is_theirs(kind):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_float
 def test_convolutions_of_inputs_of_any_size_in_any_order(dtype):
     """Sizes that want their weights in another layout, as these do on some processors, and none at all, are among them."""
     torch.manual_seed(0)
@@ -101,13 +105,13 @@ def test_convolutions_of_inputs_of_any_size_in_any_order(dtype):
     sizes = [(1, 20, 24), (1, 50, 68), (0, 5, 5), (2, 1, 1), (1, 20, 24)]
     inputs = [torch.randn(batch, 256, *size).to(dtype).contiguous(memory_format=torch.channels_last) for batch, *size in sizes]
     with torch.inference_mode():
-        due = [conv(x) for x in inputs]
-        found = [fusion.convolved(conv, x) for x in inputs]
+        due = [conv(x) for x in inputs * 3]
+        found = [fusion.convolved(conv, x) for x in inputs * 3]  # weights are packed at the second time
     for one, other in zip(found, due, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_float
 @pytest.mark.parametrize("window", [1, 3])
 def test_same_input_gives_the_same_each_time(dtype, window):
     torch.manual_seed(0)
@@ -119,6 +123,7 @@ def test_same_input_gives_the_same_each_time(dtype, window):
             assert all(torch.equal(fusion.convolved(conv, x), first) for _ in range(3))
 
 
+@needs_bf16
 @settings(max_examples=200, deadline=None)
 @given(
     st.tuples(st.integers(1, 2), st.sampled_from([3, 16, 256]), st.integers(1, 80), st.integers(1, 9)),
@@ -131,8 +136,7 @@ def test_narrow_maps_in_bf16(size, how, relu, adds):
     torch.manual_seed(0)
     conv = nn.Conv2d(size[1], 32, *how).bfloat16().to(memory_format=torch.channels_last)
     x = torch.randn(size).bfloat16().contiguous(memory_format=torch.channels_last)
-    if min(each + 2 * how[2] for each in size[2:]) < how[0]:
-        return
+    assume(min(each + 2 * how[2] for each in size[2:]) >= how[0])
     with torch.inference_mode():
         due = copy.deepcopy(conv).float()(x.float())
         add = torch.randn(due.shape).bfloat16().contiguous(memory_format=torch.channels_last) if adds else None
@@ -145,6 +149,7 @@ def test_narrow_maps_in_bf16(size, how, relu, adds):
             torch.testing.assert_close(found.float(), due, atol=0.05, rtol=0.02)
 
 
+@needs_bf16
 def test_narrow_maps_keep_their_own_statistics():
     """The column that is left out takes no part in a norm."""
     torch.manual_seed(0)
@@ -156,16 +161,12 @@ def test_narrow_maps_keep_their_own_statistics():
     torch.testing.assert_close(found.float(), due, atol=0.1, rtol=0.05)
 
 
+@needs_bf16
 def test_weights_are_in_memory_a_few_times_however_many_sizes_come():
     conv = nn.Conv2d(256, 256, 3, padding=1).bfloat16().to(memory_format=torch.channels_last)
     with torch.inference_mode():
         for size in range(1, 40):
             x = torch.zeros(1, 256, size, 60 - size).bfloat16().contiguous(memory_format=torch.channels_last)
-            weights = {id(packed.of(x.shape)) for packed in [_packed(conv, x)] for _ in range(2)}
-            assert len(weights) <= 2
-    assert len(conv.__dict__["_packed"]._layouts) <= 2
-
-
-def _packed(conv, x):
-    fusion.convolved(conv, x)
-    return conv.__dict__["_packed"]
+            for _ in range(2):
+                fusion.convolved(conv, x)
+    assert 1 <= len(conv.__dict__["_packed"]._layouts) <= 2

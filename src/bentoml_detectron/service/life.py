@@ -102,7 +102,7 @@ async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bo
     await engine.loaded()
     while not _locks(file, fcntl.LOCK_SH if engine.failure is None else fcntl.LOCK_EX) and not is_ending():
         await asyncio.sleep(_POLL)
-    if engine.failure is not None:
+    if engine.failure is not None and not is_ending():
         _leave_to_others(file)
 
 
