@@ -1,10 +1,13 @@
 """What a server still does at ten times its capacity: useful answers a second against its peak, and how fast it refuses.
 
-    python benchmarks/bench_overload.py [--seconds 15] [--times 10] [--model demo] [--precision fp32]
+    python benchmarks/bench_overload.py [--seconds 15] [--times 2 10] [--model demo] [--precision fp32]
 
-The demo model, or one of `bench_speed`'s with pictures of 800x1088, behind one worker; the clients in this process. The peak is
-what 8 clients get who wait for each answer. Then requests arrive at a fixed rate, whatever becomes of the others, each on a
-connection of its own. Rates are over the time until the last answer.
+The demo model, or one of `bench_speed`'s with pictures of 800x1088, behind one worker. Its capacity is what 8 clients get who
+wait for each answer. Then h2load sends requests at multiples of that, at a fixed rate, whatever becomes of the others, each on
+a connection of its own. The client runs on the same cores; how much of them it takes is in the table. Rates are over the time
+until the last answer.
+
+h2load: ``apt-get install nghttp2-client``.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import gc
 import io
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +80,25 @@ async def closed_loop(target: Target, clients: int, seconds: float) -> Answers:
     return answers
 
 
-async def open_loop(target: Target, rate: float, seconds: float) -> Answers:
-    answers: Answers = []
-    start = time.perf_counter()
-    tasks = []
-    while (now := time.perf_counter() - start) < seconds:
-        tasks += [asyncio.create_task(timed(target, answers)) for _ in range(int(now * rate) - len(tasks))]
-        await asyncio.sleep(0.005)
-    await asyncio.gather(*tasks)
-    return answers
+def open_loop(target: Target, rate: float, seconds: float) -> Answers:
+    """Requests at a fixed rate, by h2load, which begins some each hundredth of a second, or one at a time if they are fewer."""
+    together = max(1, round(rate / 100))
+    period = max(1, round(1000 * together / rate))
+    count = int(seconds * 1000 / period) * together
+    with tempfile.TemporaryDirectory() as folder:
+        image, log = Path(folder, "image"), Path(folder, "log")
+        image.write_bytes(target.image)
+        subprocess.run(
+            [
+                "h2load", "--h1", f"--rate={together}", f"--rate-period={period}ms", f"--clients={count}",
+                f"--requests={count}", "--connection-inactivity-timeout=60", f"--data={image}", f"--log-file={log}",
+                "--header=content-type: image/jpeg", "--header=connection: close", f"http://127.0.0.1:{target.port}/predict",
+            ],
+            check=True, capture_output=True, timeout=seconds + 120,
+        )  # fmt: skip
+        lines = [line.split() for line in log.read_text().splitlines()]
+    answers = [(max(0, int(status)), int(spent) / 1e6) for _, status, spent in lines]
+    return answers + [(0, 0.0)] * (count - len(answers))
 
 
 def images_at_the_model(port: int) -> int:
@@ -91,27 +107,30 @@ def images_at_the_model(port: int) -> int:
     return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("detectron_batch_images_sum")))
 
 
-def row(name: str, target: Target, answers: Answers, seconds: float, before: int) -> float:
+def row(name: str, target: Target, load: Callable[[], Answers]) -> float:
+    """Prints what a load gave; useful answers a second."""
+    before, start, used = images_at_the_model(target.port), time.perf_counter(), sum(os.times()[:4])
+    answers = load()
+    seconds, used = time.perf_counter() - start, sum(os.times()[:4]) - used
     done = [spent for status, spent in answers if status == 200]
     refused = [spent * 1e3 for status, spent in answers if status == 503] or [float("nan")]
     others = sorted(status for status, _ in answers if status not in (200, 503))
     at_model = images_at_the_model(target.port) - before
     print(f"{name:22} {len(answers) / seconds:10.1f} {len(done) / seconds:10.1f} {np.median(refused):12.1f} "
-          f"{np.quantile(refused, 0.99):12.1f} {at_model - len(done):8}   {others or ''}")  # fmt: skip
+          f"{np.quantile(refused, 0.99):12.1f} {at_model - len(done):8} {used / seconds:12.2f}   {others or ''}")  # fmt: skip
     return len(done) / seconds
 
 
-def measure(target: Target, seconds: float, times: float) -> None:
+def measure(target: Target, seconds: float, times: list[float]) -> None:
     gc.freeze()  # or the client's garbage collector stops it now and then, while the server's answers wait
     asyncio.run(closed_loop(target, 8, 5))  # warm
-    print(f"{'':22} {'asked/s':>10} {'useful/s':>10} {'503 p50 ms':>12} {'503 p99 ms':>12} {'in vain':>8}   others")
-    before, start = images_at_the_model(target.port), time.perf_counter()
-    answers = asyncio.run(closed_loop(target, 8, seconds))
-    peak = row("8 clients in turn", target, answers, time.perf_counter() - start, before)
-    before, start = images_at_the_model(target.port), time.perf_counter()
-    answers = asyncio.run(open_loop(target, times * peak, seconds))
-    over = row(f"{times:g} times the peak", target, answers, time.perf_counter() - start, before)
-    print(f"useful rate: {over / peak:.0%} of the peak")
+    print(f"{'':22} {'asked/s':>10} {'useful/s':>10} {'503 p50 ms':>12} {'503 p99 ms':>12} {'in vain':>8} {'client cores':>12}")
+    capacity = row("8 clients in turn", target, lambda: asyncio.run(closed_loop(target, 8, seconds)))
+    rates = [
+        row(f"{each:g} times that", target, partial(open_loop, target, each * capacity, seconds)) for each in times
+    ]  # fmt: skip
+    print(f"useful rate at {times[-1]:g} times: {rates[-1] / capacity:.0%} of that of 8 clients, "
+          f"{rates[-1] / max(capacity, *rates):.0%} of the highest")  # fmt: skip
 
 
 def save(model: str, home: str) -> None:
@@ -123,7 +142,7 @@ def save(model: str, home: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=15)
-    parser.add_argument("--times", type=float, default=10)
+    parser.add_argument("--times", type=float, nargs="+", default=[2, 10])
     parser.add_argument("--model", default="demo", choices=bench_speed.MODELS)
     parser.add_argument("--precision", default="fp32")
     options = parser.parse_args()
@@ -141,6 +160,7 @@ def main() -> None:
         command += ["--port", "PORT", "--precision", options.precision]
         with serving.started(command, serving.environment(home), Path(home) / "log") as server:
             server.wait()
+            server.wait_for_replica()
             measure(Target(server.port, image), options.seconds, options.times)
 
 

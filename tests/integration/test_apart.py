@@ -236,3 +236,29 @@ def test_engine_loads_a_model_again_whose_process_has_ended(digits):
     asyncio.run(main())
     assert len(made) == 2
     until(lambda: not any(psutil.pid_exists(each._process.pid) for each in made), 10)
+
+
+@pytest.mark.parametrize(("share", "threads"), [(1, 2), (2, 1), (3, 1)])
+def test_batch_has_its_share_of_the_threads(odd_model, monkeypatch, share, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    found = apart.start(odd_model, Settings(trusted=("odd",)), 1, lambda batch: share)
+    try:
+        assert counted(run(found, odd.COUNTS_THREADS)) == threads
+    finally:
+        found.close()
+
+
+@pytest.mark.parametrize(("threads", "replicas"), [(1, 1), (2, 2), (16, 2)])
+def test_two_replicas_are_worth_it_where_each_has_a_thread(odd_model, monkeypatch, threads, replicas):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    with started(odd_model) as found:
+        assert found.replicas == replicas
+
+
+def test_one_replica_is_all_where_memory_is_short(demo_predictor, monkeypatch):
+    predictor = bentoml.detectron.load_predictor(bentoml.detectron.save_model("short", demo_predictor))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    taken = psutil.Process().memory_info().rss
+    for free, replicas in [(taken, 1), (1.9 * taken, 1), (3 * taken, 2)]:
+        monkeypatch.setattr("bentoml_detectron.predictor.free_memory", lambda device, free=free: free)
+        assert apart._replicas(predictor) == replicas

@@ -1,8 +1,11 @@
-"""The model in a process of its own, beside the worker that answers for it.
+"""The model in a process of its own, or in several, beside the worker that answers for it.
 
 In one process, each of the model's many small steps would have to wait until the event loop gives Python's lock away, and both
 would slow down where many requests come (``benchmarks/bench_overload.py``). The worker starts the process, has a socket with it
 that nobody else has, and sends it arrays; results come back pickled. It ends with the worker.
+
+Two such processes, each with half of the threads, do more than one with all: while one waits for requests, or is at what one
+thread alone can do, the other computes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -41,8 +44,10 @@ logger = logging.getLogger("bentoml.detectron")
 START = "import sys; sys.path[:] = sys.argv[1:]; from bentoml_detectron.service import apart; apart.main({})"
 """What the process runs, with the number of its end of the socket; its arguments are where the worker finds modules."""
 _BUSY = 0.15
-"""Cores that the worker may take while the model runs before the model leaves it one. PyTorch's threads wait for the slowest of
+"""Cores that the worker may take while a model runs alone before that leaves it one. PyTorch's threads wait for the slowest of
 them at each step, so two that share a core with another thread are slower than one on a core of its own."""
+_NICE = 5
+"""By how much the worker goes before its models: what it has to do is short, and a refusal is to be quick."""
 _END_SECONDS = 5.0
 
 
@@ -68,6 +73,8 @@ class _Loaded:
     limits: Limits
     budget: int
     versions: dict[str, str]
+    threads: int
+    replicas: int
 
 
 class Apart(Preparation):
@@ -76,12 +83,18 @@ class Apart(Preparation):
     Attributes:
         architecture: Name of the model's class.
         versions: Of what the model runs on.
+        replicas: How many of it this machine has cores and memory for; at most 2.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: Connection, loaded: _Loaded) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], connection: Connection, loaded: _Loaded, share: Callable[[int], int]
+    ) -> None:
         super().__init__(loaded.input, loaded.padding, loaded.dataset, batch=loaded.batch, limits=loaded.limits)
         self.architecture = loaded.architecture
         self.versions = loaded.versions
+        self.replicas = loaded.replicas
+        self._threads = loaded.threads
+        self._share = share
         self._process = process
         self._connection = connection
         self._budget = loaded.budget
@@ -99,7 +112,7 @@ class Apart(Preparation):
             Exception: What the model raises.
         """
         try:
-            self._connection.send((list(group), self._is_busy))
+            self._connection.send((list(group), self._threads_for(len(group))))
             cpu, start = time.process_time(), time.perf_counter()
             self._connection.poll(None)
             self._is_busy = time.process_time() - cpu > _BUSY * (time.perf_counter() - start)
@@ -112,14 +125,24 @@ class Apart(Preparation):
             raise results
         return list(results)
 
+    def _threads_for(self, batch: int) -> int:
+        share = self._share(batch)
+        return max(1, self._threads - self._is_busy if share == 1 else self._threads // share)
+
     def close(self) -> None:
         """Ends the process."""
         self._connection.close()
         _end(self._process)
 
 
-def start(model: bentoml.Model, settings: Settings, workers: int | str) -> Apart:
+def start(model: bentoml.Model, settings: Settings, workers: int | str, share: Callable[[int], int] = lambda batch: 1) -> Apart:
     """Starts the process, and waits until it has loaded the model, tested it, and run it for the first time.
+
+    Args:
+        model: To be served.
+        settings: As given for the service.
+        workers: How many workers share this machine's cores.
+        share: Among how many such processes of this worker a batch of so many images has to share its threads.
 
     Raises:
         DetectronError: It could not; the message says why.
@@ -141,7 +164,7 @@ def start(model: bentoml.Model, settings: Settings, workers: int | str) -> Apart
         loaded = f"its process has ended while it loaded ({_ending(process)})"
     if isinstance(loaded, _Loaded):
         spare_from_collection()
-        return Apart(process, connection, loaded)
+        return Apart(process, connection, loaded, share)
     connection.close()
     _end(process)
     raise DetectronError(loaded)
@@ -183,6 +206,7 @@ def _end_with(parent: int) -> None:
 
 def _load(connection: Connection) -> Predictor | None:
     """Loads a model and says so, or why not."""
+    import torch
     from bentoml._internal.context import server_context
     from bentoml._internal.log import configure_server_logging
 
@@ -203,7 +227,7 @@ def _load(connection: Connection) -> Predictor | None:
         warm_up(predictor)
         loaded = _Loaded(
             type(predictor.model).__name__, predictor.input, predictor.padding, predictor.dataset, predictor.batch,
-            predictor.limits, predictor.budget(), folder.versions(),
+            predictor.limits, predictor.budget(), folder.versions(), torch.get_num_threads(), _replicas(predictor),
         )  # fmt: skip
     except BaseException as exc:  # a model's own code may raise SystemExit
         if not isinstance(exc, DetectronError):  # which says what to do; where another came from helps to find out
@@ -215,19 +239,32 @@ def _load(connection: Connection) -> Predictor | None:
     return predictor
 
 
+def _replicas(predictor: Predictor) -> int:
+    """How many of it there should be: two, where each has a core, and twice the memory that this one takes is free."""
+    import psutil
+    import torch
+
+    from bentoml_detectron.model import device_of
+    from bentoml_detectron.predictor import free_memory
+
+    is_on_cpu = device_of(predictor.model).type == "cpu"
+    taken = psutil.Process().memory_info().rss
+    return 2 if is_on_cpu and torch.get_num_threads() > 1 and free_memory(torch.device("cpu")) > 2 * taken else 1
+
+
 def _serve(predictor: Predictor, connection: Connection) -> None:
     """Runs batch after batch, until the worker closes the socket."""
     import torch
 
     from bentoml_detectron.memory import give_back_freed_memory
 
-    threads = torch.get_num_threads()
+    os.nice(_NICE)
     while True:
         if not connection.poll(REST_SECONDS):
             give_back_freed_memory()
             connection.poll(None)
-        group, is_busy = connection.recv()
-        torch.set_num_threads(max(1, threads - is_busy))
+        group, threads = connection.recv()
+        torch.set_num_threads(threads)
         results, stages = _run(predictor, group)
         connection.send((results, stages, predictor.budget()))
 

@@ -1,7 +1,7 @@
-"""The model's side of a worker: requests wait in one queue, and one thread takes as many as fit into a batch.
+"""The model's side of a worker: requests wait in one queue, from which the model's replicas take batches, each by a thread.
 
-What waits when the model is free is the next batch. A request that is alone does not wait; after a batch, the model waits a
-fraction of its time for those who got their answers to ask again.
+What waits when a replica is free is its next batch, or its share of it where others are free, too. A request that is alone does
+not wait; after a batch, a replica waits a fraction of its time for those who got their answers to ask again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Timing = MutableMapping[str, float]
 BATCHES = 8
 """Batches that may wait where no other bound on pixels is given, or `PIXELS`, if these are more."""
 PIXELS = 32_000_000  # some 30 images of 800x1333, 100 MB
-_GATHER = 0.2
+_GATHER = 0.4
 """Longest wait after a batch, in that batch's time, until as many requests are there as were before its answers."""
 _LONGEST_WAIT = 60  # seconds that Retry-After says at most
 
@@ -66,13 +66,22 @@ class _Job:
         return self.prepared.shape[0] * self.prepared.shape[1]
 
 
-class Engine:
-    """Loads a predictor in the background, and runs requests through it in batches.
+@dataclass(slots=True, eq=False)
+class _Replica:
+    """A loaded predictor; `running` are the images in its batch, `company` those that it may wait for after that."""
 
-    All methods but `join` are for the event loop's thread.
+    predictor: AnyPredictor
+    running: int = 0
+    company: int = 0
+    gather_until: float = 0.0
+
+
+class Engine:
+    """Loads a predictor in the background, and runs requests through it in batches; where told, through several of it.
+
+    All methods but `join` and `share` are for the event loop's thread.
 
     Attributes:
-        predictor: None until it is loaded, and after the model's thread has failed.
         failure: Why there is no predictor and will be none, if so.
         max_pixels: Most pixels, padding included, that wait or run; one image alone may have more.
         admitted: Requests so far.
@@ -86,17 +95,19 @@ class Engine:
         max_queue: int,
         max_pixels: int | None = None,
         decoders: int = 2,
+        replicas: Callable[[Any], int] = lambda first: 1,
     ) -> None:
         """Starts loading.
 
         Args:
-            load: Loads and tries the predictor; runs in the model's thread.
+            load: Loads and tries a predictor; runs in its thread.
             observe: Is told of stages in seconds, "batch_size" and "batch_pixels", by several threads.
             max_queue: Most requests that may wait or run, decoding included.
             max_pixels: Most pixels that may; None: as `BATCHES` and `PIXELS` say.
             decoders: Threads that decode images.
+            replicas: How many predictors there should be, by the first. The others are loaded when that answers; where one
+                cannot be, or ends, there are fewer.
         """
-        self.predictor: AnyPredictor | None = None
         self.failure: str | None = None
         self.max_pixels = max_pixels
         self.admitted = 0
@@ -109,12 +120,18 @@ class Engine:
         self._encoded: deque[tuple[AnyPredictor, bytes, Options, _Job]] = deque()
         self._jobs: deque[_Job] = deque()
         self._wake = threading.Condition()
-        self._company = 0  # requests that were here when the last batch ended
-        self._gather_until = 0.0
+        self._wanted = replicas
+        self._replicas: list[_Replica] = []
         self._ended: str | None = None
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._thread.start()
+        self._threads: list[threading.Thread] = []
+        self._start_thread()
+
+    @property
+    def predictor(self) -> AnyPredictor | None:
+        """One that is loaded; None before the first is, and where none is any more."""
+        replicas = self._replicas[:1]
+        return replicas[0].predictor if replicas else None
 
     @property
     def waiting(self) -> int:
@@ -129,7 +146,8 @@ class Engine:
     @property
     def retry_after(self) -> int:
         """Whole seconds until what is here now is done, as far as the last batches tell."""
-        return min(max(1, math.ceil(self._entered * self._seconds_per_image)), _LONGEST_WAIT)
+        seconds = self._entered * self._seconds_per_image / max(1, len(self._replicas))
+        return min(max(1, math.ceil(seconds)), _LONGEST_WAIT)
 
     def close(self) -> None:
         """Ends the thread after the batch that it is at; what waits, and what comes, gets an error."""
@@ -138,8 +156,14 @@ class Engine:
         self._decoders.shutdown(wait=False)
 
     def join(self, seconds: float) -> None:
-        """Waits for the model's thread, so that no interpreter ends under it."""
-        self._thread.join(seconds)
+        """Waits for the model's threads, so that no interpreter ends under them."""
+        deadline = time.monotonic() + seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def share(self, batch: int) -> int:
+        """Among how many replicas the cores are to be shared by a batch of so many: with no other, where it is all there is."""
+        return 1 if self._entered <= batch else max(1, len(self._replicas))
 
     async def loaded(self) -> None:
         """Waits until the model is loaded, or cannot be."""
@@ -248,34 +272,60 @@ class Engine:
         except Exception:  # such as a full disk under Prometheus's files; that must not end the model's thread
             logger.exception("%s cannot be counted", stage)
 
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name="model", daemon=True)
+        with self._wake:  # nobody joins one that has not begun
+            thread.start()
+            self._threads.append(thread)
+
     def _work(self) -> None:
+        is_first = True
         while not self._ended:
             try:
                 predictor = self._load()
                 if self.max_pixels is None:
                     self.max_pixels = max(BATCHES * predictor.budget(), PIXELS)
+                wanted = self._wanted(predictor) if is_first else 0
             except BaseException as exc:  # a model's own code may raise SystemExit
                 self._fail("the model cannot be loaded", exc)
                 return
-            self.predictor = predictor
             try:
-                while self._step(predictor):
-                    pass
+                self._serve(_Replica(predictor), wanted)
             except ModelEndedError as exc:
                 logger.error("%s; it is loaded again", exc)
-                self.predictor = None
             except BaseException as exc:
                 self._fail("the model's thread has ended; the server has to be restarted", exc)
+                return
             finally:
                 predictor.close()
+            is_first = False
+
+    def _serve(self, replica: _Replica, wanted: int) -> None:
+        """Runs batch after batch, from here on as one of those that are ready; has a further one loaded, if there are fewer."""
+        with self._wake:
+            self._replicas.append(replica)
+            if len(self._threads) < wanted:
+                self._start_thread()
+        try:
+            while self._step(replica):
+                pass
+        finally:
+            with self._wake:
+                self._replicas.remove(replica)
 
     def _fail(self, what: str, exc: BaseException) -> None:
+        """Ends this thread, and the engine with the last one."""
         reason = f"{what}: {' '.join(str(exc).split())[:1000] or type(exc).__name__}"
+        with self._wake:
+            self._threads.remove(threading.current_thread())
+            is_last = not self._threads
         # A DetectronError says what to do; where another came from helps to find out.
-        logger.error(reason, exc_info=None if isinstance(exc, DetectronError) else exc)
-        self.failure = reason
-        self.predictor = None
-        self._end(reason)
+        logger.error(
+            reason if is_last else f"a replica less: {reason}", exc_info=None if isinstance(exc, DetectronError) else exc
+        )
+        if is_last:
+            self.failure = reason
+            self._end(reason)
 
     def _end(self, reason: str) -> None:
         with self._wake:
@@ -285,9 +335,9 @@ class Engine:
             self._jobs.clear()
             self._wake.notify_all()
 
-    def _step(self, predictor: AnyPredictor) -> bool:
+    def _step(self, replica: _Replica) -> bool:
         """Runs the next batch; False at the end."""
-        jobs = self._next(predictor)
+        jobs = self._next(replica)
         if not jobs:
             return False
         start = time.perf_counter()
@@ -297,13 +347,13 @@ class Engine:
             self._told(job.timing)("queue", start - job.arrived)
         spent: dict[str, float] = {}
         try:
-            results = self._results(predictor, [job.prepared for job in jobs], self._told(spent))
+            results = self._results(replica.predictor, [job.prepared for job in jobs], self._told(spent))
         except BaseException as exc:
             for job in jobs:
                 _deliver(job, NotReadyError(str(exc) if isinstance(exc, ModelEndedError) else "the model's thread has ended"))
             raise
         end = time.perf_counter()
-        self._company, self._gather_until = self._entered, end + _GATHER * (end - start)
+        self._rest(replica, end + _GATHER * (end - start))
         each = (end - start) / len(jobs)
         self._seconds_per_image = 0.8 * self._seconds_per_image + 0.2 * each if self._seconds_per_image else each
         for job, result in zip(jobs, results, strict=True):
@@ -326,29 +376,45 @@ class Engine:
                 return [DetectronError(f"the model failed: {type(exc).__name__}")]
         return [result for each in group for result in self._results(predictor, [each], observe)]
 
-    def _next(self, predictor: AnyPredictor) -> list[_Job]:
+    def _rest(self, replica: _Replica, gather_until: float) -> None:
+        """After its batch: it may wait for its share of those that are here and in no other's batch."""
+        with self._wake:
+            replica.running = 0
+            here = self._entered - sum(each.running for each in self._replicas)
+            replica.company, replica.gather_until = math.ceil(here / self._idle()), gather_until
+
+    def _idle(self) -> int:
+        """Replicas that have no batch."""
+        return sum(not each.running for each in self._replicas)
+
+    def _next(self, replica: _Replica) -> list[_Job]:
         """The next batch: the request that waits longest, and others of its shape within the budget; none at the end."""
+        predictor = replica.predictor
         with self._wake:
             self._wake.wait_for(lambda: self._ended or self._drop_cancelled())
         budget = 0 if predictor.batch == "exact" else predictor.budget()
         with self._wake:
-            self._gather(budget)
+            self._gather(replica, budget)
             if not self._drop_cancelled():  # meanwhile: ended, or all have left
-                return [] if self._ended else self._next(predictor)
+                return [] if self._ended else self._next(replica)
             first = self._jobs[0]
-            batch = [job for job in self._jobs if job.prepared.shape == first.prepared.shape][: max(1, budget // first.pixels)]
+            alike = [job for job in self._jobs if job.prepared.shape == first.prepared.shape]
+            batch = alike[: max(1, min(budget // first.pixels, math.ceil(len(alike) / self._idle())))]
+            replica.running = len(batch)
             taken = set(map(id, batch))
             self._jobs = deque(job for job in self._jobs if id(job) not in taken)
+            if self._jobs:
+                self._wake.notify()  # another, for the rest
             return batch
 
-    def _gather(self, budget: int) -> None:
+    def _gather(self, replica: _Replica, budget: int) -> None:
         """Waits a little for clients that were just answered and ask again, where they would fit into the next batch.
 
         Without it, clients that ask again and again would be served in two halves, each waiting while the other is run.
         """
         if self._jobs:
-            most = min(self._company, budget // max(1, self._jobs[0].pixels))
-            seconds = self._gather_until - time.perf_counter()
+            most = min(replica.company, budget // max(1, self._jobs[0].pixels))
+            seconds = replica.gather_until - time.perf_counter()
             self._wake.wait_for(lambda: self._ended or len(self._jobs) >= most, max(0.0, seconds))
 
     def _drop_cancelled(self) -> bool:
