@@ -1,11 +1,11 @@
 """What a server still does at ten times its capacity: useful answers a second against its peak, and how fast it refuses.
 
-    python benchmarks/bench_overload.py [--seconds 15] [--times 2 10] [--model demo] [--precision fp32]
+    python benchmarks/bench_overload.py [--seconds 15] [--times 2 10] [--model demo] [--precision fp32] [--replicas 1]
 
 The demo model, or one of `bench_speed`'s with pictures of 800x1088, behind one worker. Its capacity is what 8 clients get who
 wait for each answer. Then h2load sends requests at multiples of that, at a fixed rate, whatever becomes of the others, each on
 a connection of its own. The client runs on the same cores; how much of them it takes is in the table. Rates are over the time
-until the last answer.
+until the last answer. Memory is the server's processes' together, pages that they share counted once.
 
 h2load: ``apt-get install nghttp2-client``.
 """
@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 import bench_speed
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, nargs="+", default=[2, 10])
     parser.add_argument("--model", default="demo", choices=bench_speed.MODELS)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--replicas", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         if options.model == "demo":
@@ -157,11 +159,14 @@ def main() -> None:
             Image.fromarray(calibrated.picture(800, 1088)[:, :, ::-1]).save(buffer, "JPEG", quality=90)
             name, image = options.model.lower(), buffer.getvalue()
         command = [sys.executable, "-m", "bentoml", "detectron", "serve", name]
-        command += ["--port", "PORT", "--precision", options.precision]
+        command += ["--port", "PORT", "--precision", options.precision, "--replicas", str(options.replicas)]
         with serving.started(command, serving.environment(home), Path(home) / "log") as server:
             server.wait()
-            server.wait_for_replica()
+            if options.replicas > 1:
+                server.wait_for_replica()
             measure(Target(server.port, image), options.seconds, options.times)
+            processes = psutil.Process(server.process.pid).children(recursive=True)
+            print(f"memory: {sum(each.memory_full_info().pss for each in processes) / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

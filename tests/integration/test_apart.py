@@ -261,4 +261,13 @@ def test_one_replica_is_all_where_memory_is_short(demo_predictor, monkeypatch):
     taken = psutil.Process().memory_info().rss
     for free, replicas in [(taken, 1), (1.9 * taken, 1), (3 * taken, 2)]:
         monkeypatch.setattr("bentoml_detectron.predictor.free_memory", lambda device, free=free: free)
-        assert apart._replicas(predictor) == replicas
+        assert apart._replicas(predictor, 1) == replicas
+        assert apart._replicas(predictor, 2) == 1
+
+
+def test_model_that_is_not_wanted_any_more_is_not_loaded_to_its_end(odd_model, monkeypatch):
+    monkeypatch.setattr(apart, "START", "import time; time.sleep(600)  # {}")
+    start = time.monotonic()
+    with pytest.raises(DetectronError, match="ended while it loaded"):
+        apart.start(odd_model, Settings(), 1, is_closed=lambda: time.monotonic() > start + 1)
+    assert time.monotonic() < start + 60

@@ -301,7 +301,7 @@ def test_close_tells_those_who_wait_and_those_who_come(held):
         held.go.release(1)
         assert len(await first) > 0  # what the model was at is answered
         engine.join(30)
-        assert not any(each.name == "model" for each in threading.enumerate())
+        assert not any(each.is_alive() for each in engine._threads)
 
     asyncio.run(main())
 

@@ -55,6 +55,7 @@ def in_engine(load: Callable[[], Held], main: Callable[[Engine], Awaitable[None]
             await main(engine)
         finally:
             engine.close()
+            await asyncio.to_thread(engine.join, 60)
 
     asyncio.run(whole())
 
@@ -135,12 +136,15 @@ def test_what_waits_for_both_is_shared(make):
         await until(at_work(one, other))
         rest = ask(engine, 8)
         await until(lambda: len(engine._jobs) == 8)
-        with engine._wake:  # until both are done, none takes the next
-            for each in (one, other):
-                each.go.release()
-            await asyncio.sleep(2)
+        both, own = threading.Barrier(2), engine._rest
+
+        def rests(*args: Any) -> None:
+            own(*args)
+            both.wait(60)
+
+        engine._rest = rests
         for each in (one, other):
-            each.go.release()
+            each.go.release(2)
         await asyncio.gather(*first, *rest)
         assert sorted(one.sizes + other.sizes) == [1, 1, 4, 4]
 

@@ -193,12 +193,15 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
 
     def load() -> Apart:
         model = find()  # here, since a worker that cannot begin would be started again and again
-        predictor = apart.start(model, settings, workers, lambda batch: worker.engine.share(batch) if worker.engine else 1)
+        predictor = apart.start(model, settings, workers, share, lambda: worker.engine is not None and worker.engine.is_closed)
         worker.samples = _samples(predictor)
         worker.info = lambda: {**_info(model, predictor, settings), "path_prefix": prefix, "samples": list(worker.samples)}
         is_first = worker.engine is None or worker.engine.predictor is None
         logger.info("%s is ready" if is_first else "%s has a replica more", model.tag)
         return predictor
+
+    def share(batch: int) -> int:
+        return 1 if worker.engine is None else worker.engine.share(batch)
 
     worker.engine = Engine(
         load, worker.metrics.observe, max_queue=settings.max_queue, max_pixels=settings.max_queue_pixels,

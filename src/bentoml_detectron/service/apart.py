@@ -49,6 +49,8 @@ them at each step, so two that share a core with another thread are slower than 
 _NICE = 5
 """By how much the worker goes before its models: what it has to do is short, and a refusal is to be quick."""
 _END_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
+"""Seconds between two looks at whether a model that is being loaded is still wanted."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,13 @@ class Apart(Preparation):
         _end(self._process)
 
 
-def start(model: bentoml.Model, settings: Settings, workers: int | str, share: Callable[[int], int] = lambda batch: 1) -> Apart:
+def start(
+    model: bentoml.Model,
+    settings: Settings,
+    workers: int | str,
+    share: Callable[[int], int] = lambda batch: 1,
+    is_closed: Callable[[], bool] = lambda: False,
+) -> Apart:
     """Starts the process, and waits until it has loaded the model, tested it, and run it for the first time.
 
     Args:
@@ -143,6 +151,7 @@ def start(model: bentoml.Model, settings: Settings, workers: int | str, share: C
         settings: As given for the service.
         workers: How many workers share this machine's cores.
         share: Among how many such processes of this worker a batch of so many images has to share its threads.
+        is_closed: Whether it is not wanted any more.
 
     Raises:
         DetectronError: It could not; the message says why.
@@ -159,6 +168,9 @@ def start(model: bentoml.Model, settings: Settings, workers: int | str, share: C
     names = {name: getattr(server_context, name) for name in ("service_type", "service_name", "worker_index")}
     try:
         connection.send(_Task(model, settings, workers, names))
+        while not connection.poll(_LOOK_SECONDS):
+            if is_closed():
+                process.kill()
         loaded = connection.recv()
     except (EOFError, OSError):
         loaded = f"its process has ended while it loaded ({_ending(process)})"
@@ -187,6 +199,8 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 def main(file: int) -> None:
     """The process, from its start to its end."""
+    with suppress(OSError):  # it may be forbidden
+        os.nice(_NICE)  # of this thread and those that it starts
     # The worker gets these, too, and ends when its requests are answered.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -227,7 +241,8 @@ def _load(connection: Connection) -> Predictor | None:
         warm_up(predictor)
         loaded = _Loaded(
             type(predictor.model).__name__, predictor.input, predictor.padding, predictor.dataset, predictor.batch,
-            predictor.limits, predictor.budget(), folder.versions(), torch.get_num_threads(), _replicas(predictor),
+            predictor.limits, predictor.budget(), folder.versions(), torch.get_num_threads(),
+            _replicas(predictor, task.workers),
         )  # fmt: skip
     except BaseException as exc:  # a model's own code may raise SystemExit
         if not isinstance(exc, DetectronError):  # which says what to do; where another came from helps to find out
@@ -239,8 +254,8 @@ def _load(connection: Connection) -> Predictor | None:
     return predictor
 
 
-def _replicas(predictor: Predictor) -> int:
-    """How many of it there should be: two, where each has a core, and twice the memory that this one takes is free."""
+def _replicas(predictor: Predictor, workers: int | str) -> int:
+    """How many of it there should be: two, where each has a thread, and twice the memory is free that all workers' take."""
     import psutil
     import torch
 
@@ -248,7 +263,7 @@ def _replicas(predictor: Predictor) -> int:
     from bentoml_detectron.predictor import free_memory
 
     is_on_cpu = device_of(predictor.model).type == "cpu"
-    taken = psutil.Process().memory_info().rss
+    taken = psutil.Process().memory_info().rss * (workers if isinstance(workers, int) else 1)
     return 2 if is_on_cpu and torch.get_num_threads() > 1 and free_memory(torch.device("cpu")) > 2 * taken else 1
 
 
@@ -258,7 +273,6 @@ def _serve(predictor: Predictor, connection: Connection) -> None:
 
     from bentoml_detectron.memory import give_back_freed_memory
 
-    os.nice(_NICE)
     while True:
         if not connection.poll(REST_SECONDS):
             give_back_freed_memory()

@@ -121,6 +121,9 @@ class Engine:
         self._jobs: deque[_Job] = deque()
         self._wake = threading.Condition()
         self._wanted = replicas
+        self._missing: int | None = (
+            None  # replicas that were not yet begun; None before the first tells how many there should be
+        )
         self._replicas: list[_Replica] = []
         self._ended: str | None = None
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
@@ -149,6 +152,11 @@ class Engine:
         seconds = self._entered * self._seconds_per_image / max(1, len(self._replicas))
         return min(max(1, math.ceil(seconds)), _LONGEST_WAIT)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether no batch will begin any more."""
+        return self._ended is not None
+
     def close(self) -> None:
         """Ends the thread after the batch that it is at; what waits, and what comes, gets an error."""
         self._end("the server is shutting down; ask again")
@@ -163,11 +171,13 @@ class Engine:
 
     def share(self, batch: int) -> int:
         """Among how many replicas the cores are to be shared by a batch of so many: with no other, where it is all there is."""
-        return 1 if self._entered <= batch else max(1, len(self._replicas))
+        with self._wake:
+            here = max(self._entered, sum(each.running for each in self._replicas))
+            return 1 if here <= batch else max(1, len(self._replicas))
 
     async def loaded(self) -> None:
         """Waits until the model is loaded, or cannot be."""
-        while self.predictor is None and self.failure is None:
+        while self.predictor is None and self._ended is None:
             await asyncio.sleep(0.02)
 
     def admit(self, pixels: int = 1) -> None:
@@ -255,7 +265,7 @@ class Engine:
             if self._ended:  # while it was decoded; no thread would take it
                 raise NotReadyError(self._ended)
             self._jobs.append(job)
-            self._wake.notify()
+            self._wake.notify_all()  # one alone may be one that waits for more
 
     def _told(self, timing: Timing) -> Observe:
         """Tells of a stage, and puts it down for a request; halves of a batch add up."""
@@ -279,18 +289,20 @@ class Engine:
             self._threads.append(thread)
 
     def _work(self) -> None:
-        is_first = True
         while not self._ended:
             try:
                 predictor = self._load()
                 if self.max_pixels is None:
                     self.max_pixels = max(BATCHES * predictor.budget(), PIXELS)
-                wanted = self._wanted(predictor) if is_first else 0
+                if self._missing is None:
+                    self._missing = self._wanted(predictor) - 1
             except BaseException as exc:  # a model's own code may raise SystemExit
+                if self.is_closed:  # it was not wanted any more
+                    return
                 self._fail("the model cannot be loaded", exc)
                 return
             try:
-                self._serve(_Replica(predictor), wanted)
+                self._serve(_Replica(predictor))
             except ModelEndedError as exc:
                 logger.error("%s; it is loaded again", exc)
             except BaseException as exc:
@@ -298,15 +310,15 @@ class Engine:
                 return
             finally:
                 predictor.close()
-            is_first = False
 
-    def _serve(self, replica: _Replica, wanted: int) -> None:
-        """Runs batch after batch, from here on as one of those that are ready; has a further one loaded, if there are fewer."""
+    def _serve(self, replica: _Replica) -> None:
+        """Runs batch after batch, from here on as one of those that are ready; has a further one loaded, if one is missing."""
         with self._wake:
             self._replicas.append(replica)
-            if len(self._threads) < wanted:
-                self._start_thread()
+            is_missing, self._missing = bool(self._missing), max(0, (self._missing or 0) - 1)
         try:
+            if is_missing:
+                self._start_thread()
             while self._step(replica):
                 pass
         finally:
@@ -389,22 +401,23 @@ class Engine:
 
     def _next(self, replica: _Replica) -> list[_Job]:
         """The next batch: the request that waits longest, and others of its shape within the budget; none at the end."""
-        predictor = replica.predictor
         with self._wake:
-            self._wake.wait_for(lambda: self._ended or self._drop_cancelled())
-        budget = 0 if predictor.batch == "exact" else predictor.budget()
-        with self._wake:
-            self._gather(replica, budget)
-            if not self._drop_cancelled():  # meanwhile: ended, or all have left
-                return [] if self._ended else self._next(replica)
+            while True:
+                self._wake.wait_for(lambda: self._ended or self._drop_cancelled())
+                budget = 0 if replica.predictor.batch == "exact" else replica.predictor.budget()
+                self._gather(replica, budget)
+                if self._drop_cancelled():
+                    break
+                if self._ended:
+                    return []
+                # Meanwhile all have left, or another replica has taken them.
             first = self._jobs[0]
             alike = [job for job in self._jobs if job.prepared.shape == first.prepared.shape]
             batch = alike[: max(1, min(budget // first.pixels, math.ceil(len(alike) / self._idle())))]
             replica.running = len(batch)
             taken = set(map(id, batch))
             self._jobs = deque(job for job in self._jobs if id(job) not in taken)
-            if self._jobs:
-                self._wake.notify()  # another, for the rest
+            self._wake.notify_all()  # for the rest
             return batch
 
     def _gather(self, replica: _Replica, budget: int) -> None:
@@ -415,7 +428,9 @@ class Engine:
         if self._jobs:
             most = min(replica.company, budget // max(1, self._jobs[0].pixels))
             seconds = replica.gather_until - time.perf_counter()
-            self._wake.wait_for(lambda: self._ended or len(self._jobs) >= most, max(0.0, seconds))
+            self._wake.wait_for(
+                lambda: self._ended or not self._jobs or len(self._jobs) >= most, max(0.0, seconds)
+            )  # fmt: skip
 
     def _drop_cancelled(self) -> bool:
         """Drops what nobody waits for any more, so that it never reaches the model; whether any are left."""

@@ -102,8 +102,10 @@ class Worker:
         """Why no requests should come here; None where they should."""
         if self.draining:
             return "the server is shutting down"
+        if self.engine is not None and self.engine.failure is not None:
+            return self.engine.failure
         if self.engine is None or self.engine.predictor is None:
-            return (self.engine and self.engine.failure) or "the model is being loaded; ask again soon"
+            return "the model is being loaded; ask again soon"
         return None
 
 
