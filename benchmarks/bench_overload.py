@@ -1,6 +1,6 @@
 """What a server still does at ten times its capacity: useful answers a second against its peak, and how fast it refuses.
 
-    python benchmarks/bench_overload.py [--seconds 15] [--times 2 10] [--model demo] [--precision fp32] [--replicas 1]
+    python benchmarks/bench_overload.py [--seconds 15] [--times 2 10] [--model demo] [--precision fp32] [--model-instances 1]
 
 The demo model, or one of `bench_speed`'s with pictures of 800x1088, behind one worker. Its capacity is what 8 clients get who
 wait for each answer. Then h2load sends requests at multiples of that, at a fixed rate, whatever becomes of the others, each on
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, nargs="+", default=[2, 10])
     parser.add_argument("--model", default="demo", choices=bench_speed.MODELS)
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--model-instances", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         if options.model == "demo":
@@ -159,11 +159,11 @@ def main() -> None:
             Image.fromarray(calibrated.picture(800, 1088)[:, :, ::-1]).save(buffer, "JPEG", quality=90)
             name, image = options.model.lower(), buffer.getvalue()
         command = [sys.executable, "-m", "bentoml", "detectron", "serve", name]
-        command += ["--port", "PORT", "--precision", options.precision, "--replicas", str(options.replicas)]
+        command += ["--port", "PORT", "--precision", options.precision, "--model-instances", str(options.model_instances)]
         with serving.started(command, serving.environment(home), Path(home) / "log") as server:
             server.wait()
-            if options.replicas > 1:
-                server.wait_for_replica()
+            if options.model_instances > 1:
+                server.wait_for_instance()
             measure(Target(server.port, image), options.seconds, options.times)
             processes = psutil.Process(server.process.pid).children(recursive=True)
             print(f"memory: {sum(each.memory_full_info().pss for each in processes) / 1e6:.0f} MB")

@@ -190,7 +190,7 @@ def report_rates(
         theirs = demo.predictor()
         for name in [name for name in urls if OURS in name]:
             report_first(name, urls[name])
-            servers[name].wait_for_replica()
+            servers[name].wait_for_instance()
         for name, url in urls.items():
             check(name, url, theirs)
             wrk.load(url, script, 2)

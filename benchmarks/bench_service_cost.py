@@ -66,7 +66,7 @@ def report(folder: Path, image: bytes, rounds: int, seconds: float) -> None:
         given = {**serving.environment(home.name), "CANNED": str(count)}
         with serving.started(COMMAND, given, folder / f"{count}.log", Path(__file__).parent) as server:
             url = f"{server.wait()}/predict"
-            server.wait_for_replica()
+            server.wait_for_instance()
             wrk.load(url, script, 2)
             for connections in (1, wrk.CONNECTIONS):
                 measure(server, url, script, count, connections, rounds, seconds)

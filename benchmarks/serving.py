@@ -59,10 +59,10 @@ class Server:
                 time.sleep(0.2)
         sys.exit(f"the server did not start:\n{self.log.read_text()[-4000:]}")
 
-    def wait_for_replica(self, seconds: float = 60) -> None:
-        """Until this package's server has the second replica of the model; not for ever, since it may be told to have one."""
+    def wait_for_instance(self, seconds: float = 60) -> None:
+        """Until this package's server has the second instance of the model; not for ever, since it may be told to have one."""
         deadline = time.monotonic() + seconds
-        while "has a replica more" not in self.log.read_text() and time.monotonic() < deadline:
+        while "has an instance more" not in self.log.read_text() and time.monotonic() < deadline:
             time.sleep(0.2)
 
     @contextmanager

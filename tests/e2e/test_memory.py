@@ -89,10 +89,10 @@ def memory(server: Server) -> float:
 
 
 @contextmanager
-def two_replicas(folder: Path, home: Path) -> Iterator[Server]:
-    """A server whose worker has both replicas of the model."""
+def two_instances(folder: Path, home: Path) -> Iterator[Server]:
+    """A server whose worker has both instances of the model."""
     with served(folder, home, OMP_NUM_THREADS="2") as server:
-        server.until(lambda: "has a replica more" in server.log)
+        server.until(lambda: "has an instance more" in server.log)
         yield server
 
 
@@ -131,12 +131,12 @@ def leaking(folder: Path) -> None:
 def test_mixed_requests_leave_the_memory_as_it_is(tmp_path, digits_home):
     """5,000 where BENTOML_DETECTRON_WHOLE is set, otherwise some hundreds."""
     write_service(tmp_path)
-    with two_replicas(tmp_path, digits_home) as server:
+    with two_instances(tmp_path, digits_home) as server:
         assert growth(server) < MOST
 
 
 def test_service_that_keeps_bodies_grows_more(tmp_path, digits_home):
     write_service(tmp_path)
     leaking(tmp_path)
-    with two_replicas(tmp_path, digits_home) as server:
+    with two_instances(tmp_path, digits_home) as server:
         assert growth(server) > MOST

@@ -248,21 +248,21 @@ def test_batch_has_its_share_of_the_threads(odd_model, monkeypatch, share, threa
         found.close()
 
 
-@pytest.mark.parametrize(("threads", "replicas"), [(1, 1), (2, 2), (16, 2)])
-def test_two_replicas_are_worth_it_where_each_has_a_thread(odd_model, monkeypatch, threads, replicas):
+@pytest.mark.parametrize(("threads", "instances"), [(1, 1), (2, 2), (16, 2)])
+def test_two_instances_are_worth_it_where_each_has_a_thread(odd_model, monkeypatch, threads, instances):
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     with started(odd_model) as found:
-        assert found.replicas == replicas
+        assert found.instances == instances
 
 
-def test_one_replica_is_all_where_memory_is_short(demo_predictor, monkeypatch):
+def test_one_instance_is_all_where_memory_is_short(demo_predictor, monkeypatch):
     predictor = bentoml.detectron.load_predictor(bentoml.detectron.save_model("short", demo_predictor))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     taken = psutil.Process().memory_info().rss
-    for free, replicas in [(taken, 1), (1.9 * taken, 1), (3 * taken, 2)]:
+    for free, instances in [(taken, 1), (1.9 * taken, 1), (3 * taken, 2)]:
         monkeypatch.setattr("bentoml_detectron.predictor.free_memory", lambda device, free=free: free)
-        assert apart._replicas(predictor, 1) == replicas
-        assert apart._replicas(predictor, 2) == 1
+        assert apart._instances(predictor, 1) == instances
+        assert apart._instances(predictor, 2) == 1
 
 
 def test_model_that_is_not_wanted_any_more_is_not_loaded_to_its_end(odd_model, monkeypatch):

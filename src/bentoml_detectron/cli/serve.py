@@ -27,7 +27,7 @@ _UNSAID = "ignore:::torch.jit._script,ignore:::torch.functional"
 @click.option("--host", default="127.0.0.1", show_default=True, help="IP address to listen on; 0.0.0.0 for all.")
 @click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that answer.")
-@click.option("--replicas", type=click.IntRange(min=1), help="Processes with the model, a worker; 1 or 2 unless given.")
+@click.option("--model-instances", type=click.IntRange(min=1), help="Processes with the model, a worker; 1 or 2 unless given.")
 @options.device
 @options.precision
 @options.trust_remote_code
@@ -41,7 +41,7 @@ def command(
     host: str,
     port: int,
     workers: int,
-    replicas: int | None,
+    model_instances: int | None,
     device: str,
     precision: Precision,
     trust_remote_code: bool,
@@ -73,7 +73,7 @@ def command(
     settings = Settings(
         device_id=device,
         precision=precision,
-        replicas=replicas,
+        model_instances=model_instances,
         max_body_bytes=max_body_bytes,
         max_image_pixels=max_image_pixels,
         max_queue=max_queue,

@@ -197,7 +197,7 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
         worker.samples = _samples(predictor)
         worker.info = lambda: {**_info(model, predictor, settings), "path_prefix": prefix, "samples": list(worker.samples)}
         is_first = worker.engine is None or worker.engine.predictor is None
-        logger.info("%s is ready" if is_first else "%s has a replica more", model.tag)
+        logger.info("%s is ready" if is_first else "%s has an instance more", model.tag)
         return predictor
 
     def share(batch: int) -> int:
@@ -205,7 +205,7 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
 
     worker.engine = Engine(
         load, worker.metrics.observe, max_queue=settings.max_queue, max_pixels=settings.max_queue_pixels,
-        replicas=lambda first: settings.replicas or first.replicas,
+        instances=lambda first: settings.model_instances or first.instances,
     )  # fmt: skip
     drain_on_sigterm(worker.drain, settings.drain_seconds)
 

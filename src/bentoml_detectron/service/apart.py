@@ -76,7 +76,7 @@ class _Loaded:
     budget: int
     versions: dict[str, str]
     threads: int
-    replicas: int
+    instances: int
 
 
 class Apart(Preparation):
@@ -85,7 +85,7 @@ class Apart(Preparation):
     Attributes:
         architecture: Name of the model's class.
         versions: Of what the model runs on.
-        replicas: How many of it this machine has cores and memory for; at most 2.
+        instances: How many of it this machine has cores and memory for; at most 2.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Apart(Preparation):
         super().__init__(loaded.input, loaded.padding, loaded.dataset, batch=loaded.batch, limits=loaded.limits)
         self.architecture = loaded.architecture
         self.versions = loaded.versions
-        self.replicas = loaded.replicas
+        self.instances = loaded.instances
         self._threads = loaded.threads
         self._share = share
         self._process = process
@@ -242,7 +242,7 @@ def _load(connection: Connection) -> Predictor | None:
         loaded = _Loaded(
             type(predictor.model).__name__, predictor.input, predictor.padding, predictor.dataset, predictor.batch,
             predictor.limits, predictor.budget(), folder.versions(), torch.get_num_threads(),
-            _replicas(predictor, task.workers),
+            _instances(predictor, task.workers),
         )  # fmt: skip
     except BaseException as exc:  # a model's own code may raise SystemExit
         if not isinstance(exc, DetectronError):  # which says what to do; where another came from helps to find out
@@ -254,7 +254,7 @@ def _load(connection: Connection) -> Predictor | None:
     return predictor
 
 
-def _replicas(predictor: Predictor, workers: int | str) -> int:
+def _instances(predictor: Predictor, workers: int | str) -> int:
     """How many of it there should be: two, where each has a thread, and twice the memory is free that all workers' take."""
     import psutil
     import torch

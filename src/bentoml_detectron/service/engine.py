@@ -1,7 +1,7 @@
-"""The model's side of a worker: requests wait in one queue, from which the model's replicas take batches, each by a thread.
+"""The model's side of a worker: requests wait in one queue, from which the model's instances take batches, each by a thread.
 
-What waits when a replica is free is its next batch, or its share of it where others are free, too. A request that is alone does
-not wait; after a batch, a replica waits a fraction of its time for those who got their answers to ask again.
+What waits when an instance is free is its next batch, or its share of it where others are free, too. A request that is alone
+does not wait; after a batch, an instance waits a fraction of its time for those who got their answers to ask again.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Job:
 
 
 @dataclass(slots=True, eq=False)
-class _Replica:
+class _Instance:
     """A loaded predictor; `running` are the images in its batch, `company` those that it may wait for after that."""
 
     predictor: AnyPredictor
@@ -95,7 +95,7 @@ class Engine:
         max_queue: int,
         max_pixels: int | None = None,
         decoders: int = 2,
-        replicas: Callable[[Any], int] = lambda first: 1,
+        instances: Callable[[Any], int] = lambda first: 1,
     ) -> None:
         """Starts loading.
 
@@ -105,7 +105,7 @@ class Engine:
             max_queue: Most requests that may wait or run, decoding included.
             max_pixels: Most pixels that may; None: as `BATCHES` and `PIXELS` say.
             decoders: Threads that decode images.
-            replicas: How many predictors there should be, by the first. The others are loaded when that answers; where one
+            instances: How many predictors there should be, by the first. The others are loaded when that answers; where one
                 cannot be, or ends, there are fewer.
         """
         self.failure: str | None = None
@@ -120,11 +120,9 @@ class Engine:
         self._encoded: deque[tuple[AnyPredictor, bytes, Options, _Job]] = deque()
         self._jobs: deque[_Job] = deque()
         self._wake = threading.Condition()
-        self._wanted = replicas
-        self._missing: int | None = (
-            None  # replicas that were not yet begun; None before the first tells how many there should be
-        )
-        self._replicas: list[_Replica] = []
+        self._wanted = instances
+        self._missing: int | None = None  # instances that were not begun; None until the first says how many there should be
+        self._instances: list[_Instance] = []
         self._ended: str | None = None
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self._threads: list[threading.Thread] = []
@@ -133,8 +131,8 @@ class Engine:
     @property
     def predictor(self) -> AnyPredictor | None:
         """One that is loaded; None before the first is, and where none is any more."""
-        replicas = self._replicas[:1]
-        return replicas[0].predictor if replicas else None
+        instances = self._instances[:1]
+        return instances[0].predictor if instances else None
 
     @property
     def waiting(self) -> int:
@@ -149,7 +147,7 @@ class Engine:
     @property
     def retry_after(self) -> int:
         """Whole seconds until what is here now is done, as far as the last batches tell."""
-        seconds = self._entered * self._seconds_per_image / max(1, len(self._replicas))
+        seconds = self._entered * self._seconds_per_image / max(1, len(self._instances))
         return min(max(1, math.ceil(seconds)), _LONGEST_WAIT)
 
     @property
@@ -170,10 +168,10 @@ class Engine:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def share(self, batch: int) -> int:
-        """Among how many replicas the cores are to be shared by a batch of so many: with no other, where it is all there is."""
+        """Among how many instances a batch of so many has to share the cores: with no other, where it is all there is."""
         with self._wake:
-            here = max(self._entered, sum(each.running for each in self._replicas))
-            return 1 if here <= batch else max(1, len(self._replicas))
+            here = max(self._entered, sum(each.running for each in self._instances))
+            return 1 if here <= batch else max(1, len(self._instances))
 
     async def loaded(self) -> None:
         """Waits until the model is loaded, or cannot be."""
@@ -302,7 +300,7 @@ class Engine:
                 self._fail("the model cannot be loaded", exc)
                 return
             try:
-                self._serve(_Replica(predictor))
+                self._serve(_Instance(predictor))
             except ModelEndedError as exc:
                 logger.error("%s; it is loaded again", exc)
             except BaseException as exc:
@@ -311,19 +309,19 @@ class Engine:
             finally:
                 predictor.close()
 
-    def _serve(self, replica: _Replica) -> None:
+    def _serve(self, instance: _Instance) -> None:
         """Runs batch after batch, from here on as one of those that are ready; has a further one loaded, if one is missing."""
         with self._wake:
-            self._replicas.append(replica)
+            self._instances.append(instance)
             is_missing, self._missing = bool(self._missing), max(0, (self._missing or 0) - 1)
         try:
             if is_missing:
                 self._start_thread()
-            while self._step(replica):
+            while self._step(instance):
                 pass
         finally:
             with self._wake:
-                self._replicas.remove(replica)
+                self._instances.remove(instance)
 
     def _fail(self, what: str, exc: BaseException) -> None:
         """Ends this thread, and the engine with the last one."""
@@ -333,7 +331,7 @@ class Engine:
             is_last = not self._threads
         # A DetectronError says what to do; where another came from helps to find out.
         logger.error(
-            reason if is_last else f"a replica less: {reason}", exc_info=None if isinstance(exc, DetectronError) else exc
+            reason if is_last else f"an instance less: {reason}", exc_info=None if isinstance(exc, DetectronError) else exc
         )
         if is_last:
             self.failure = reason
@@ -347,9 +345,9 @@ class Engine:
             self._jobs.clear()
             self._wake.notify_all()
 
-    def _step(self, replica: _Replica) -> bool:
+    def _step(self, instance: _Instance) -> bool:
         """Runs the next batch; False at the end."""
-        jobs = self._next(replica)
+        jobs = self._next(instance)
         if not jobs:
             return False
         start = time.perf_counter()
@@ -359,13 +357,13 @@ class Engine:
             self._told(job.timing)("queue", start - job.arrived)
         spent: dict[str, float] = {}
         try:
-            results = self._results(replica.predictor, [job.prepared for job in jobs], self._told(spent))
+            results = self._results(instance.predictor, [job.prepared for job in jobs], self._told(spent))
         except BaseException as exc:
             for job in jobs:
                 _deliver(job, NotReadyError(str(exc) if isinstance(exc, ModelEndedError) else "the model's thread has ended"))
             raise
         end = time.perf_counter()
-        self._rest(replica, end + _GATHER * (end - start))
+        self._rest(instance, end + _GATHER * (end - start))
         each = (end - start) / len(jobs)
         self._seconds_per_image = 0.8 * self._seconds_per_image + 0.2 * each if self._seconds_per_image else each
         for job, result in zip(jobs, results, strict=True):
@@ -388,46 +386,46 @@ class Engine:
                 return [DetectronError(f"the model failed: {type(exc).__name__}")]
         return [result for each in group for result in self._results(predictor, [each], observe)]
 
-    def _rest(self, replica: _Replica, gather_until: float) -> None:
+    def _rest(self, instance: _Instance, gather_until: float) -> None:
         """After its batch: it may wait for its share of those that are here and in no other's batch."""
         with self._wake:
-            replica.running = 0
-            here = self._entered - sum(each.running for each in self._replicas)
-            replica.company, replica.gather_until = math.ceil(here / self._idle()), gather_until
+            instance.running = 0
+            here = self._entered - sum(each.running for each in self._instances)
+            instance.company, instance.gather_until = math.ceil(here / self._idle()), gather_until
 
     def _idle(self) -> int:
-        """Replicas that have no batch."""
-        return sum(not each.running for each in self._replicas)
+        """Instances that have no batch."""
+        return sum(not each.running for each in self._instances)
 
-    def _next(self, replica: _Replica) -> list[_Job]:
+    def _next(self, instance: _Instance) -> list[_Job]:
         """The next batch: the request that waits longest, and others of its shape within the budget; none at the end."""
         with self._wake:
             while True:
                 self._wake.wait_for(lambda: self._ended or self._drop_cancelled())
-                budget = 0 if replica.predictor.batch == "exact" else replica.predictor.budget()
-                self._gather(replica, budget)
+                budget = 0 if instance.predictor.batch == "exact" else instance.predictor.budget()
+                self._gather(instance, budget)
                 if self._drop_cancelled():
                     break
                 if self._ended:
                     return []
-                # Meanwhile all have left, or another replica has taken them.
+                # Meanwhile all have left, or another instance has taken them.
             first = self._jobs[0]
             alike = [job for job in self._jobs if job.prepared.shape == first.prepared.shape]
             batch = alike[: max(1, min(budget // first.pixels, math.ceil(len(alike) / self._idle())))]
-            replica.running = len(batch)
+            instance.running = len(batch)
             taken = set(map(id, batch))
             self._jobs = deque(job for job in self._jobs if id(job) not in taken)
             self._wake.notify_all()  # for the rest
             return batch
 
-    def _gather(self, replica: _Replica, budget: int) -> None:
+    def _gather(self, instance: _Instance, budget: int) -> None:
         """Waits a little for clients that were just answered and ask again, where they would fit into the next batch.
 
         Without it, clients that ask again and again would be served in two halves, each waiting while the other is run.
         """
         if self._jobs:
-            most = min(replica.company, budget // max(1, self._jobs[0].pixels))
-            seconds = replica.gather_until - time.perf_counter()
+            most = min(instance.company, budget // max(1, self._jobs[0].pixels))
+            seconds = instance.gather_until - time.perf_counter()
             self._wake.wait_for(
                 lambda: self._ended or not self._jobs or len(self._jobs) >= most, max(0.0, seconds)
             )  # fmt: skip

@@ -48,8 +48,8 @@ class Settings:
     Attributes:
         device_id: Where the model lives.
         precision: As in `load_predictor`.
-        replicas: Processes with the model in each worker. None: two on the CPU, where there are cores and memory for both, as
-            two with half of the threads do more than one; otherwise one.
+        model_instances: Processes with the model in each worker. None: two on the CPU, where there are cores and memory for
+            both, as two with half of the threads do more than one; otherwise one.
         max_body_bytes: Largest body.
         max_image_pixels: Largest image; a larger one is refused before it is decoded.
         max_queue: Most requests that wait or run in a worker; further ones are refused at once.
@@ -66,7 +66,7 @@ class Settings:
 
     device_id: str = "cpu"
     precision: Precision = "fp32"
-    replicas: int | None = None
+    model_instances: int | None = None
     max_body_bytes: int = 20 << 20
     max_image_pixels: int = 25_000_000
     max_queue: int = 32

@@ -1,4 +1,4 @@
-"""A worker with two replicas of the model: both answer, and a worker that has lost one goes on with the other."""
+"""A worker with two instances of the model: both answer, and a worker that has lost one goes on with the other."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ IMAGE = demo.images()[3].read_bytes()
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, digits_home) -> Iterator[Server]:
-    """With two threads for PyTorch, and so with two replicas."""
-    folder = tmp_path_factory.mktemp("replicas")
+    """With two threads for PyTorch, and so with two instances."""
+    folder = tmp_path_factory.mktemp("instances")
     write_service(folder)
     with served(folder, digits_home, OMP_NUM_THREADS="2") as found:
-        found.until(lambda: "has a replica more" in found.log)
+        found.until(lambda: "has an instance more" in found.log)
         yield found
 
 
@@ -63,13 +63,13 @@ def test_worker_goes_on_while_one_is_loaded_again(server):
     assert set(statuses) <= {200, 503}
     assert statuses.count(503) <= 8  # at most its batch
     assert server.ready()[0] == 200
-    server.until(lambda: server.log.count("has a replica more") == 2)
+    server.until(lambda: server.log.count("has an instance more") == 2)
     assert len(models(server)) == 2
     assert {server.predict(IMAGE).status_code for _ in range(20)} == {200}
 
 
 def test_as_many_as_are_asked_for(tmp_path, digits_home):
-    write_service(tmp_path, "'digits:latest', settings=Settings(replicas=1)")
+    write_service(tmp_path, "'digits:latest', settings=Settings(model_instances=1)")
     with served(tmp_path, digits_home, OMP_NUM_THREADS="2") as alone:
         for _ in range(10):
             assert alone.predict(IMAGE).status_code == 200

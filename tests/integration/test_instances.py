@@ -1,4 +1,4 @@
-"""Several replicas of a model in one worker: they share what waits, and one that is lost takes no other with it."""
+"""Several instances of a model in one worker: they share what waits, and one that is lost takes no other with it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 def in_engine(load: Callable[[], Held], main: Callable[[Engine], Awaitable[None]], count: int = 2) -> None:
     async def whole() -> None:
-        engine = Engine(load, lambda stage, value: None, max_queue=64, replicas=lambda first: count)
+        engine = Engine(load, lambda stage, value: None, max_queue=64, instances=lambda first: count)
         try:
             await main(engine)
         finally:
@@ -61,7 +61,7 @@ def in_engine(load: Callable[[], Held], main: Callable[[Engine], Awaitable[None]
 
 
 def run(make: Callable[[], Held], main: Callable[..., Awaitable[None]], count: int = 2) -> list[Held]:
-    """Runs `main` with an engine and its replicas, when all are there."""
+    """Runs `main` with an engine and its instances, when all are there."""
     made: list[Held] = []
 
     def load() -> Held:
@@ -69,7 +69,7 @@ def run(make: Callable[[], Held], main: Callable[..., Awaitable[None]], count: i
         return made[-1]
 
     async def whole(engine: Engine) -> None:
-        await until(lambda: len(engine._replicas) == count)
+        await until(lambda: len(engine._instances) == count)
         await main(engine, *made)
 
     in_engine(load, whole, count)
@@ -80,13 +80,13 @@ def ask(engine: Engine, count: int) -> list[asyncio.Task[Any]]:
     return [asyncio.create_task(engine.predict(IMAGE, engine.predictor.options())) for _ in range(count)]
 
 
-def at_work(*replicas: Held) -> Callable[[], bool]:
-    return lambda: all(len(each.sizes) for each in replicas)
+def at_work(*instances: Held) -> Callable[[], bool]:
+    return lambda: all(len(each.sizes) for each in instances)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_as_many_are_loaded_as_there_should_be(make, count):
-    async def main(engine: Engine, *replicas: Held) -> None:
+    async def main(engine: Engine, *instances: Held) -> None:
         await asyncio.sleep(0.1)
 
     assert len(run(make, main, count)) == count
@@ -152,12 +152,12 @@ def test_what_waits_for_both_is_shared(make):
 
 
 def test_cores_are_shared_unless_a_batch_is_all_there_is(make):
-    async def main(engine: Engine, *replicas: Held) -> None:
+    async def main(engine: Engine, *instances: Held) -> None:
         assert engine.share(1) == 1
         tasks = ask(engine, 5)
         await until(lambda: engine.waiting == 5)
         assert (engine.share(1), engine.share(4), engine.share(5)) == (2, 2, 1)
-        for each in replicas:
+        for each in instances:
             each.go.release(5)
         await asyncio.gather(*tasks)
 
@@ -174,7 +174,7 @@ def test_one_that_ends_is_loaded_again_while_the_other_answers(make):
         stays.error = None
         engine.admit()  # it is as ready as before
         stays.go.release(9)
-        await until(lambda: len(engine._replicas) == 2 and not any(each.predictor is ended for each in engine._replicas))
+        await until(lambda: len(engine._instances) == 2 and not any(each.predictor is ended for each in engine._instances))
         assert engine.failure is None
 
     assert len(run(make, main)) == 3
@@ -191,7 +191,7 @@ def test_one_that_cannot_be_loaded_is_missed_and_no_more(make, error, caplog):
         return made[-1]
 
     async def main(engine: Engine) -> None:
-        await until(lambda: "a replica less: the model cannot be loaded" in caplog.text)
+        await until(lambda: "an instance less: the model cannot be loaded" in caplog.text)
         assert engine.failure is None
         made[0].go.release()
         assert len(await ask(engine, 1)[0])
@@ -212,7 +212,7 @@ def test_last_one_that_fails_is_the_engines_failure(make):
             (lost,) = ask(engine, 1)
             with pytest.raises(NotReadyError, match="thread has ended"):
                 await lost
-            await until(lambda: len(engine._replicas) < 2)
+            await until(lambda: len(engine._instances) < 2)
         await until(lambda: engine.failure)
         with pytest.raises(NotReadyError, match="has to be restarted: out"):
             engine.admit()
