@@ -59,7 +59,7 @@ def megabytes(server: serving.Server) -> float:
 
 
 def report(folder: Path, image: bytes, rounds: int, seconds: float) -> None:
-    print("CPU of the worker and its model's process for one request, ms; and what their memory grew by meanwhile")
+    print("CPU of the worker and its model's processes for one request, ms; and what their memory grew by meanwhile")
     print("| found | connections | median | least | largest | requests | MB more |\n|---|---|---|---|---|---|---|")
     script = wrk.write_script(folder, [image])
     for count in FOUND:
