@@ -5,7 +5,7 @@
 The demo model, or one of `bench_speed`'s with pictures of 800x1088, behind one worker. Its capacity is what 8 clients get who
 wait for each answer. Then h2load sends requests at multiples of that, at a fixed rate, whatever becomes of the others, each on
 a connection of its own. The client runs on the same cores; how much of them it takes is in the table. Rates are over the time
-until the last answer. Memory is the server's processes' together, pages that they share counted once.
+until the last answer. Memory is the worker's and its models' together, pages that they share counted once.
 
 h2load: ``apt-get install nghttp2-client``.
 """

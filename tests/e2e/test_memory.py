@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pytest
 from PIL import Image
 
 from bentoml_detectron.service.life import REST_SECONDS
-from servers import Server, served, write_service
+from servers import Server, two_instances, write_service
 from support import picture
 
 pytestmark = pytest.mark.slow
@@ -86,14 +85,6 @@ def memory(server: Server) -> float:
     (worker,) = server.workers()
     processes = [psutil.Process(worker), *psutil.Process(worker).children()]
     return sum(each.memory_info().rss for each in processes) / 1e6
-
-
-@contextmanager
-def two_instances(folder: Path, home: Path) -> Iterator[Server]:
-    """A server whose worker has both instances of the model."""
-    with served(folder, home, OMP_NUM_THREADS="2") as server:
-        server.until(lambda: "has an instance more" in server.log)
-        yield server
 
 
 def memory_at_rest(server: Server) -> float:
