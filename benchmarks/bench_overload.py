@@ -1,11 +1,13 @@
 """What a server still does at ten times its capacity: useful answers a second against its peak, and how fast it refuses.
 
-    python benchmarks/bench_overload.py [--seconds 15] [--times 2 10] [--model demo] [--precision fp32] [--model-instances 1]
+    python benchmarks/bench_overload.py [--rounds 3] [--seconds 15] [--times 2 10] [--model demo] [--precision fp32]
+        [--model-instances 1]
 
 The demo model, or one of `bench_speed`'s with pictures of 800x1088, behind one worker. Its capacity is what 8 clients get who
 wait for each answer. Then h2load sends requests at multiples of that, at a fixed rate, whatever becomes of the others, each on
 a connection of its own. The client runs on the same cores; how much of them it takes is in the table. Rates are over the time
-until the last answer. Memory is the worker's and its models' together, pages that they share counted once.
+until the last answer; the shares at the end are medians of the rounds'. Memory is the worker's and its models' together, pages
+that they share counted once.
 
 h2load: ``apt-get install nghttp2-client``.
 """
@@ -18,6 +20,7 @@ import gc
 import io
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -122,16 +125,23 @@ def row(name: str, target: Target, load: Callable[[], Answers]) -> float:
     return len(done) / seconds
 
 
-def measure(target: Target, seconds: float, times: list[float]) -> None:
+def measure(target: Target, rounds: int, seconds: float, times: list[float]) -> None:
     gc.freeze()  # or the client's garbage collector stops it now and then, while the server's answers wait
     asyncio.run(closed_loop(target, 8, 5))  # warm
     print(f"{'':22} {'asked/s':>10} {'useful/s':>10} {'503 p50 ms':>12} {'503 p99 ms':>12} {'in vain':>8} {'client cores':>12}")
-    capacity = row("8 clients in turn", target, lambda: asyncio.run(closed_loop(target, 8, seconds)))
-    rates = [
-        row(f"{each:g} times that", target, partial(open_loop, target, each * capacity, seconds)) for each in times
-    ]  # fmt: skip
-    print(f"useful rate at {times[-1]:g} times: {rates[-1] / capacity:.0%} of that of 8 clients, "
-          f"{rates[-1] / max(capacity, *rates):.0%} of the highest")  # fmt: skip
+    of_capacity, of_highest = [], []
+    for _ in range(rounds):
+        capacity = row("8 clients in turn", target, lambda: asyncio.run(closed_loop(target, 8, seconds)))
+        rates = [row(f"{each:g} times that", target, partial(open_loop, target, each * capacity, seconds)) for each in times]
+        of_capacity.append(rates[-1] / capacity)
+        of_highest.append(rates[-1] / max(capacity, *rates))
+    print(
+        f"useful rate at {times[-1]:g} times: {spread(of_capacity)} of that of 8 clients, {spread(of_highest)} of the highest"
+    )
+
+
+def spread(shares: list[float]) -> str:
+    return f"{statistics.median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%})"
 
 
 def save(model: str, home: str) -> None:
@@ -142,6 +152,7 @@ def save(model: str, home: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--times", type=float, nargs="+", default=[2, 10])
     parser.add_argument("--model", default="demo", choices=bench_speed.MODELS)
@@ -164,7 +175,7 @@ def main() -> None:
             server.wait()
             if options.model_instances > 1:
                 server.wait_for_instance()
-            measure(Target(server.port, image), options.seconds, options.times)
+            measure(Target(server.port, image), options.rounds, options.seconds, options.times)
             processes = psutil.Process(server.process.pid).children(recursive=True)
             print(f"memory: {sum(each.memory_full_info().pss for each in processes) / 1e6:.0f} MB")
 

@@ -232,6 +232,57 @@ def test_spans_are_made_where_they_are_exported(exporter, saved):
     assert (len(found) > 1) == (exporter is not None)
 
 
+@pytest.fixture
+def full(saved, caplog) -> Iterator[TestClient]:
+    """A client of a service where no request may wait."""
+    caplog.set_level(logging.INFO, "bentoml.access")
+    with served(saved, http={"cors": CORS}, settings=Settings(token="secret", max_queue=0)) as client:
+        caplog.clear()
+        yield client
+
+
+def told(caplog) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.name == "bentoml.access"]
+
+
+@pytest.mark.parametrize("path", ["/predict", "/render"])
+def test_refusal_of_a_full_queue_is_a_whole_answer_though_it_is_short_of_middlewares(path, full):
+    asked = {"authorization": "Bearer secret", "origin": "http://page.test"}
+    answer = full.post(path, files={"image": IMAGE}, headers=asked)
+    assert (answer.status_code, "wait already" in answer.json()["error"]) == (503, True)
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "total;dur=" in answer.headers["server-timing"]
+    assert answer.headers["access-control-allow-origin"] == "http://page.test"
+
+
+def test_refusals_of_a_full_queue_are_counted_one_by_one_and_logged_together(full, caplog):
+    asked = {"authorization": "Bearer secret"}
+    assert [full.post("/predict", files={"image": IMAGE}, headers=asked).status_code for _ in range(5)] == [503] * 5
+    metrics = generate_latest(REGISTRY).decode()
+    assert 'detectron_refused_requests_total{reason="OverloadedError",status="503"} 5.0' in metrics
+    assert re.search(r'bentoml_service_request_total\{endpoint="/predict",http_response_code="503",.*\} 5\.0', metrics)
+    assert not any("/predict" in line for line in told(caplog))
+    deadline = time.monotonic() + 10
+    while not told(caplog):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert told(caplog) == ["5 requests were refused within a second, as too many waited"]
+
+
+def test_full_queue_is_told_to_none_without_the_token_and_hinders_no_other_path(full, caplog):
+    bearer = {"authorization": "Bearer secret"}
+    assert full.post("/predict", files={"image": IMAGE}).status_code == 401
+    assert full.get("/predict", headers=bearer).status_code == 405
+    assert full.get("/info", headers=bearer).status_code == 200
+    assert full.get("/readyz").status_code == 200
+    assert any("/info" in line and "status=200" in line for line in told(caplog))
+
+
+def test_framing_is_looked_at_though_the_queue_is_full(full):
+    headers = {"authorization": "Bearer secret", "content-length": "4", "transfer-encoding": "chunked"}
+    assert full.post("/predict", content=b"0\r\n\r\n", headers=headers).status_code == 400
+
+
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 

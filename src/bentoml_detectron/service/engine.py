@@ -145,6 +145,11 @@ class Engine:
         return self._pixels
 
     @property
+    def is_full(self) -> bool:
+        """Whether as many requests wait as may."""
+        return self._entered >= self._max_queue
+
+    @property
     def retry_after(self) -> int:
         """Whole seconds until what is here now is done, as far as the last batches tell."""
         seconds = self._entered * self._seconds_per_image / max(1, len(self._instances))
@@ -192,7 +197,7 @@ class Engine:
             raise NotReadyError(self.failure or self._ended or "")
         if self.predictor is None or self.max_pixels is None:
             raise NotReadyError("the model is being loaded; ask again soon")
-        if self._entered >= self._max_queue:
+        if self.is_full:
             raise OverloadedError(f"{self._entered} requests wait already; ask again soon", value=self._entered)
         if self._pixels and self._pixels + pixels > self.max_pixels:
             raise OverloadedError(f"{self._pixels:,} pixels wait already; ask again soon", value=self._pixels)

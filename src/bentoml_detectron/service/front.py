@@ -138,15 +138,20 @@ class Front:
             ("GET", "/docs.json"): self._docs,
         }
         self._paths = {prefix + path for _, path in self._routes}
+        self._modelled = {prefix + path for path in ("/predict", "/render")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or hands on; see ASGI's specification."""
         if scope["type"] == "lifespan":
-            gate.install(scope.get("app"), self._paths)
+            gate.install(scope.get("app"), self._paths, self, self._is_full)
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self.app(scope, receive, send)
             return
         await self._serve(scope, receive, send)
+
+    def _is_full(self, scope: Scope) -> bool:
+        engine = self.worker.engine
+        return engine is not None and engine.is_full and scope["method"] == "POST" and scope["path"] in self._modelled
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive)
@@ -179,6 +184,8 @@ class Front:
             )  # fmt: skip
         seconds = self.worker.settings.request_seconds
         try:
+            if scope["path"] in self._modelled:
+                self._engine().admit()
             async with asyncio.timeout(seconds):
                 return await route(request)
         except TimeoutError:
@@ -231,7 +238,6 @@ class Front:
     async def _found(self, request: _Request) -> tuple[Call, Any]:
         """Reads a request and predicts on its image; stops where the client leaves."""
         engine, settings, metrics = self._engine(), self.worker.settings, self.worker.metrics
-        engine.admit()
         scope = request.scope
         if metrics is not None:
             metrics.wait(1)

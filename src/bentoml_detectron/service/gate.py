@@ -73,15 +73,17 @@ class Gate:
         access.info("%s (scheme=%s,method=%s,path=%s) (status=%d)", *told)
 
 
-def install(router: Any, paths: Collection[str]) -> None:
+def install(router: Any, paths: Collection[str], front: App, is_full: Callable[[Scope], bool]) -> None:
     """Puts a gate around a BentoML app whose middlewares are made already, as they are when it starts.
 
     Args:
         router: BentoML's app.
         paths: Those that this package's middleware answers.
+        front: That middleware.
+        is_full: Whether it refuses a request now, as too many wait already.
     """
     if isinstance(router, Starlette) and router.middleware_stack is not None:
-        middlewares.make_lean(router.middleware_stack)
+        middlewares.make_lean(router.middleware_stack, lambda app: middlewares.Shortcut(app, front, is_full))
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
         router.middleware_stack = Gate(router.middleware_stack, router, paths)
 
