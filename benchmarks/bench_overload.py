@@ -6,8 +6,9 @@
 The demo model, or one of `bench_speed`'s with pictures of 800x1088, behind one worker. Its capacity is what 8 clients get who
 wait for each answer. Then h2load sends requests at multiples of that, at a fixed rate, whatever becomes of the others, each on
 a connection of its own. The client runs on the same cores; how much of them it takes is in the table. Rates are over the time
-until the last answer; the shares at the end are medians of the rounds'. Memory is the worker's and its models' together, pages
-that they share counted once.
+from the first request to the last answer; the shares at the end are medians of the rounds', the last of them of rates over the
+cores that the client leaves, as with a client elsewhere. Memory is the worker's and its models' together, pages that they share
+counted once.
 
 h2load: ``apt-get install nghttp2-client``.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import io
 import multiprocessing
@@ -40,7 +42,8 @@ import calibrated
 import serving
 from bentoml_detectron import demo
 
-Answers = list[tuple[int, float]]
+Answers = list[tuple[float, int, float]]
+"""When each was asked for, its status (0: there was none), and the seconds that it took."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,10 @@ async def ask(target: Target, path: str = "/predict") -> tuple[int, str]:
 
 async def timed(target: Target, answers: Answers) -> None:
     start = time.perf_counter()
-    try:
+    status = 0
+    with contextlib.suppress(OSError, IndexError, TimeoutError):
         status, _ = await asyncio.wait_for(ask(target), 60)
-    except (OSError, IndexError, TimeoutError):
-        status = 0
-    answers.append((status, time.perf_counter() - start))
+    answers.append((start, status, time.perf_counter() - start))
 
 
 async def closed_loop(target: Target, clients: int, seconds: float) -> Answers:
@@ -101,8 +103,8 @@ def open_loop(target: Target, rate: float, seconds: float) -> Answers:
             check=True, capture_output=True, timeout=seconds + 120,
         )  # fmt: skip
         lines = [line.split() for line in log.read_text().splitlines()]
-    answers = [(max(0, int(status)), int(spent) / 1e6) for _, status, spent in lines]
-    return answers + [(0, 0.0)] * (count - len(answers))
+    answers = [(int(start) / 1e6, max(0, int(status)), int(spent) / 1e6) for start, status, spent in lines]
+    return answers + [(answers[0][0], 0, 0.0)] * (count - len(answers))
 
 
 def images_at_the_model(port: int) -> int:
@@ -111,32 +113,37 @@ def images_at_the_model(port: int) -> int:
     return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("detectron_batch_images_sum")))
 
 
-def row(name: str, target: Target, load: Callable[[], Answers]) -> float:
-    """Prints what a load gave; useful answers a second."""
+def row(name: str, target: Target, load: Callable[[], Answers]) -> tuple[float, float]:
+    """Prints what a load gave; useful answers a second, and those for each core that the client left."""
     before, start, used = images_at_the_model(target.port), time.perf_counter(), sum(os.times()[:4])
     answers = load()
-    seconds, used = time.perf_counter() - start, sum(os.times()[:4]) - used
-    done = [spent for status, spent in answers if status == 200]
-    refused = [spent * 1e3 for status, spent in answers if status == 503] or [float("nan")]
-    others = sorted(status for status, _ in answers if status not in (200, 503))
+    used = (sum(os.times()[:4]) - used) / (time.perf_counter() - start)
+    seconds = max(start + spent for start, _, spent in answers) - min(start for start, _, _ in answers)
+    done = sum(status == 200 for _, status, _ in answers)
+    refused = [spent * 1e3 for _, status, spent in answers if status == 503] or [float("nan")]
+    others = sorted(status for _, status, _ in answers if status not in (200, 503))
     at_model = images_at_the_model(target.port) - before
-    print(f"{name:22} {len(answers) / seconds:10.1f} {len(done) / seconds:10.1f} {np.median(refused):12.1f} "
-          f"{np.quantile(refused, 0.99):12.1f} {at_model - len(done):8} {used / seconds:12.2f}   {others or ''}")  # fmt: skip
-    return len(done) / seconds
+    print(f"{name:22} {len(answers) / seconds:10.1f} {done / seconds:10.1f} {np.median(refused):12.1f} "
+          f"{np.quantile(refused, 0.99):12.1f} {at_model - done:8} {used:12.2f}   {others or ''}")  # fmt: skip
+    return done / seconds, done / seconds / (len(os.sched_getaffinity(0)) - used)
 
 
 def measure(target: Target, rounds: int, seconds: float, times: list[float]) -> None:
     gc.freeze()  # or the client's garbage collector stops it now and then, while the server's answers wait
     asyncio.run(closed_loop(target, 8, 5))  # warm
     print(f"{'':22} {'asked/s':>10} {'useful/s':>10} {'503 p50 ms':>12} {'503 p99 ms':>12} {'in vain':>8} {'client cores':>12}")
-    of_capacity, of_highest = [], []
+    of_capacity, of_highest, left = [], [], []
     for _ in range(rounds):
-        capacity = row("8 clients in turn", target, lambda: asyncio.run(closed_loop(target, 8, seconds)))
-        rates = [row(f"{each:g} times that", target, partial(open_loop, target, each * capacity, seconds)) for each in times]
-        of_capacity.append(rates[-1] / capacity)
-        of_highest.append(rates[-1] / max(capacity, *rates))
+        rates = [row("8 clients in turn", target, lambda: asyncio.run(closed_loop(target, 8, seconds)))]
+        capacity = rates[0][0]
+        rates += [row(f"{each:g} times that", target, partial(open_loop, target, each * capacity, seconds)) for each in times]
+        whole, each_core = zip(*rates, strict=True)
+        of_capacity.append(whole[-1] / whole[0])
+        of_highest.append(whole[-1] / max(whole))
+        left.append(each_core[-1] / max(each_core))
     print(
-        f"useful rate at {times[-1]:g} times: {spread(of_capacity)} of that of 8 clients, {spread(of_highest)} of the highest"
+        f"useful rate at {times[-1]:g} times: {spread(of_capacity)} of that of 8 clients, {spread(of_highest)} of the highest, "
+        f"{spread(left)} by the cores that the client leaves"
     )
 
 

@@ -150,8 +150,10 @@ class Front:
         await self._serve(scope, receive, send)
 
     def _is_full(self, scope: Scope) -> bool:
+        """Whether a request will be refused as too many wait, and for no other reason."""
         engine = self.worker.engine
-        return engine is not None and engine.is_full and scope["method"] == "POST" and scope["path"] in self._modelled
+        is_full = engine is not None and engine.predictor is not None and engine.is_full
+        return is_full and scope["method"] == "POST" and scope["path"] in self._modelled and self._is_authorized(scope)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive)

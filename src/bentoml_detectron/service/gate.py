@@ -33,22 +33,34 @@ access = logging.getLogger("bentoml.access")
 
 
 class Gate:
-    """Lets through what some route takes, where it ends for certain, with headers that can be decoded."""
+    """Lets through what some route takes, where it ends for certain, with headers that can be decoded.
 
-    def __init__(self, app: App, router: Starlette, paths: Collection[str]) -> None:
+    What will be refused as too many wait goes straight to who refuses it.
+    """
+
+    def __init__(
+        self, app: App, router: Starlette, paths: Collection[str], front: App, is_full: Callable[[Scope], bool]
+    ) -> None:
         self._app = app
         self._router = router
         self._paths = paths
+        self._front = front
+        self._is_full = is_full
+        self._refusals = middlewares.Refusals(app)
         self._files = {file for route in router.routes for file in _static_files(route)}
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answers 404, or hands on; see ASGI's specification."""
-        if scope["type"] in ("http", "websocket"):
-            scope["headers"] = [(name, _utf8(value)) for name, value in scope["headers"]]
         if scope["type"] == "http" and {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
             reason = "the request has both Content-Length and Transfer-Encoding; send one of them"
             await self._refuse(scope, send, HTTPStatus.BAD_REQUEST, reason, [(b"connection", b"close")])
             return
+        if scope["type"] == "http" and self._is_full(scope):
+            self._refusals.add(scope["path"])
+            await self._front(scope, receive, send)
+            return
+        if scope["type"] in ("http", "websocket"):
+            scope["headers"] = [(name, _utf8(value)) for name, value in scope["headers"]]
         if scope["type"] == "http" and not self._is_known(scope):
             known = ", ".join(sorted(self._paths))
             await self._refuse(scope, send, HTTPStatus.NOT_FOUND, f"there is no {scope['path']!r:.200}; there are {known}")
@@ -80,12 +92,12 @@ def install(router: Any, paths: Collection[str], front: App, is_full: Callable[[
         router: BentoML's app.
         paths: Those that this package's middleware answers.
         front: That middleware.
-        is_full: Whether it refuses a request now, as too many wait already.
+        is_full: Whether it will refuse a request with 503, as too many wait already.
     """
     if isinstance(router, Starlette) and router.middleware_stack is not None:
-        middlewares.make_lean(router.middleware_stack, lambda app: middlewares.Shortcut(app, front, is_full))
+        middlewares.make_lean(router.middleware_stack)
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
-        router.middleware_stack = Gate(router.middleware_stack, router, paths)
+        router.middleware_stack = Gate(router.middleware_stack, router, paths, front, is_full)
 
 
 def _is_static(route: BaseRoute) -> bool:

@@ -4,19 +4,22 @@
   time is over, a minute later or more (``benchmarks/bench_service_cost.py``).
 - OpenTelemetry's middleware makes a span for each request and each of its messages, with a dozen attributes, also where no
   exporter takes any.
-- What is refused as too many wait already gets a trace, a line in the log and a timer. A server that is asked for ten times
-  what it can do is at little else, and the model goes without that time (``benchmarks/bench_overload.py``).
+- What is refused as too many wait already gets a trace, a line in the log, a timer and five metrics. A server that is asked for
+  ten times what it can do is at little else, and the model goes without that time (``benchmarks/bench_overload.py``). Such a
+  request passes by all of them, a user's own included; its share of the log and of BentoML's counter comes once a second.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import Counter
+from http import HTTPStatus
 from typing import Any
 
 from bentoml._internal.configuration.containers import BentoMLContainer
-from bentoml._internal.context import trace_context
+from bentoml._internal.context import server_context, trace_context
+from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry import context, propagate, trace
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
@@ -26,44 +29,43 @@ from starlette.responses import JSONResponse
 access = logging.getLogger("bentoml.access")
 
 
-def make_lean(app: Any, shortcut: Callable[[Any], Any]) -> None:
+def make_lean(app: Any) -> None:
     """Changes the middlewares in a BentoML app, from the outermost on, each of which has the next one as its ``app``."""
     is_exporting = BentoMLContainer.tracing.exporter_type.get() is not None
     while app is not None:
         following = getattr(app, "app", None)
         if isinstance(following, TimeoutMiddleware):
             app.app = following = Deadline(following.app, following.timeout)
-        if isinstance(following, OpenTelemetryMiddleware):
-            app.app = shortcut(following if is_exporting else TraceIds(following.app))
-            following = app.app.app
+        if isinstance(following, OpenTelemetryMiddleware) and not is_exporting:
+            app.app = following = TraceIds(following.app)
         app = following
 
 
-class Shortcut:
-    """Leads what will be refused as too many wait past the middlewares between, a user's own included.
+class Refusals:
+    """Tells once a second, in BentoML's counter and in the log, what was refused as too many wait."""
 
-    The log says once a second how many they were, in place of a line for each.
-    """
+    def __init__(self, app: Any) -> None:
+        while app is not None and not isinstance(app, RunnerTrafficMetricsMiddleware):
+            app = getattr(app, "app", None)
+        self._metrics = app
+        self._found: Counter[str] = Counter()
 
-    def __init__(self, app: Any, front: Any, is_full: Callable[[Any], bool]) -> None:
-        self.app = app
-        self._front = front
-        self._is_full = is_full
-        self._refused = 0
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Hands on; see ASGI's specification."""
-        if scope["type"] != "http" or not self._is_full(scope):
-            await self.app(scope, receive, send)
-            return
-        if not self._refused:
+    def add(self, path: str) -> None:
+        """One more."""
+        if not self._found:
             asyncio.get_running_loop().call_later(1, self._tell)
-        self._refused += 1
-        await self._front(scope, receive, send)
+        self._found[path] += 1
 
     def _tell(self) -> None:
-        access.info("%d requests were refused within a second, as too many waited", self._refused)
-        self._refused = 0
+        total = getattr(self._metrics, "metrics_request_total", None)  # made with the first request; None: not wanted
+        if total is not None:
+            for path, number in self._found.items():
+                total.labels(
+                    endpoint=path, service_name=server_context.bento_name, service_version=server_context.bento_version,
+                    http_response_code=int(HTTPStatus.SERVICE_UNAVAILABLE), runner_name=server_context.service_name,
+                ).inc(number)  # fmt: skip
+        access.info("%d requests were refused within a second, as too many waited", self._found.total())
+        self._found.clear()
 
 
 class TraceIds:
