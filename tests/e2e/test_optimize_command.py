@@ -45,7 +45,7 @@ def test_it_reports_and_saves_and_the_next_command_is_right(digits_home, tmp_pat
         digits_home, "detectron", "evaluate", tag, "--annotations", annotations, "--images", folder, "--precision", "int8"
     )
     assert found.returncode == 0, found.stderr
-    assert f"{float(re.search(r'box AP: .* ([0-9.]+) in int8', made.stdout)[1]) / 100:.3f}" in found.stdout
+    assert f"{float(re.search(r'box AP: .* ([0-9.]+) in int8', made.stdout)[1]) / 100:.4f}" in found.stdout
     assert bentoml(digits_home, "models", "delete", tag, "--yes").returncode == 0
 
 

@@ -29,9 +29,11 @@ def range_of(x):
 @settings(max_examples=60, deadline=None)
 @given(
     shapes, st.integers(0, 1000), st.sampled_from([8, 16]), st.sampled_from([1, 3]), st.integers(1, 2), st.sampled_from([1, 8]),
-    st.booleans(), st.booleans(), st.booleans(), st.booleans(),
+    st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(sorted({63, int8.largest_weight()})),
 )  # fmt: skip
-def test_a_convolution_is_within_one_step(shape, seed, given_channels, size, stride, groups, relu, adds, is_signed, goes_on):
+def test_a_convolution_is_within_one_step(
+    shape, seed, given_channels, size, stride, groups, relu, adds, is_signed, goes_on, largest
+):
     stride = stride if size == 1 else 1  # windows with strides stay in floats
     generator = torch.Generator().manual_seed(seed)
     conv = Conv2d(shape[1], given_channels, size, stride=stride, padding=size // 2, groups=groups)
@@ -40,7 +42,7 @@ def test_a_convolution_is_within_one_step(shape, seed, given_channels, size, str
     x = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
     x = quantize(x if is_signed else x.abs(), range_of(x))
     weight = conv.weight.detach()
-    steps = weight.abs().amax(dim=(1, 2, 3), keepdim=True) / 127
+    steps = weight.abs().amax(dim=(1, 2, 3), keepdim=True) / largest
     exact = functional.conv2d(x.float(), (weight / steps).round() * steps, conv.bias, stride, size // 2, 1, groups)
     add = None
     if adds:
@@ -49,11 +51,36 @@ def test_a_convolution_is_within_one_step(shape, seed, given_channels, size, str
         exact = exact + add.float()
     exact = (exact.relu() if relu else exact).detach()
     wide = range_of(exact)
-    found = int8.Convolution(conv, range_of(x.float()), wide if goes_on else None, torch.float32)(x, relu, add)
+    found = int8.Convolution(conv, range_of(x.float()), wide if goes_on else None, torch.float32, largest)(x, relu, add)
     assert isinstance(found, Quantized) == goes_on
     assert found.shape == exact.shape
     allowed = 1.01 * wide.scale if goes_on else 1e-4 * float(exact.abs().max() + 1)
     assert float((found.float() - exact).abs().max()) <= allowed
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes, st.sampled_from([16, 64, 512]), st.sampled_from([8, 16, 24, 40]), st.sampled_from([1, 3]), st.sampled_from([1, 8]),
+    st.sampled_from([1, -1]), st.sampled_from([0, 100]),
+)  # fmt: skip
+def test_sums_of_the_largest_products_are_exact(shape, channels, given_channels, size, groups, sign, zero):
+    """Of any two neighbours too, which some processors add in 16 bits."""
+    conv = Conv2d(channels, given_channels, size, padding=size // 2, groups=groups, bias=False)
+    conv.weight.data = torch.full(conv.weight.shape, float(sign))
+    x = torch.full((shape[0], channels, *shape[2:]), 255.0 - zero).to(memory_format=torch.channels_last)
+    exact = functional.conv2d(x, conv.weight, None, 1, size // 2, 1, groups).detach()
+    taken = Range(-float(zero), 255.0 - zero)
+    found = int8.Convolution(conv, taken, None, torch.float32, int8.largest_weight())(x, False, None)
+    assert torch.allclose(found, exact, rtol=1e-5)
+
+
+def test_weights_have_seven_bits_where_a_processor_adds_in_sixteen(monkeypatch):
+    for features, due in [
+        ({"avx2"}, 63), ({"avx2", "avx512f", "avx512bw"}, 63), ({"avx2", "avx_vnni"}, 127), ({"avx2", "avx512_vnni"}, 127)
+    ]:  # fmt: skip
+        monkeypatch.setattr(int8.processor, "features", lambda features=features: frozenset(features))
+        assert int8.largest_weight() == due
+        assert 2 * 255 * 63 <= 2**15 - 1 < 2 * 255 * 127
 
 
 @settings(max_examples=100, deadline=None)

@@ -3,6 +3,9 @@
 As in Jacob et al. 2018 and Krishnamoorthi 2018: activations have one range a tensor, measured on a user's own images; weights
 have one scale an output channel, which follows from the weights; products are summed in 32 bits. Features stay integers from
 one convolution to the next.
+
+Processors with VNNI or AMX sum so at once. Others, with AVX2 or AVX512, first add two products in 16 bits, which overflow where
+both weights are large (oneDNN's documentation, "Nuances of int8 computations"); there weights have 7 bits, of which no two do.
 """
 
 from __future__ import annotations
@@ -49,9 +52,13 @@ def from_plain(plain: Mapping[str, tuple[float, float, float, float]]) -> dict[s
 
 
 def is_there() -> bool:
-    """Whether this PyTorch has the operators, and this processor multiplies 8-bit integers without saturating."""
-    multiplies = not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(processor.features())
-    return multiplies and fusion.is_there() and hasattr(torch.ops.onednn, "qconv2d_pointwise")
+    """Whether this PyTorch has the operators, and this processor is one that they are known on."""
+    return "avx2" in processor.features() and fusion.is_there() and hasattr(torch.ops.onednn, "qconv2d_pointwise")
+
+
+def largest_weight() -> int:
+    """The integer that a channel's largest weight becomes: two products with 255 must fit where this processor adds them."""
+    return 127 if not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(processor.features()) else 63
 
 
 def observe(graph: nn.Module, prefix: str, found: dict[str, Ranges]) -> nn.Module:
@@ -96,12 +103,13 @@ def quantize_convolutions(
         chained: Whether convolutions that follow each other hand on integers, which nothing else in the part may take then.
         keeps: Whether a backbone's feature maps may be `Quantized`.
     """
-    going_on = set(_going_on(graph, keeps)) if chained else set()
+    going_on, largest = set(_going_on(graph, keeps)) if chained else set(), largest_weight()
     chosen = [
         (conv, calibration[f"{prefix}.{name}"]) for name, conv in _convolutions(graph) if f"{prefix}.{name}" in calibration
     ]
     for conv, ranges in chosen:
-        fusion.compute_by(conv, Convolution(conv, ranges.taken, ranges.given if conv in going_on else None, dtype))
+        given = ranges.given if conv in going_on else None
+        fusion.compute_by(conv, Convolution(conv, ranges.taken, given, dtype, largest))
         conv.weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
@@ -113,15 +121,16 @@ class Convolution:
         taken: The range of its input, for inputs of floats.
         given: The range of its output, if that shall be integers.
         dtype: Of its output otherwise.
+        largest: The integer that a channel's largest weight becomes, as `largest_weight` says for this processor.
     """
 
-    def __init__(self, conv: Any, taken: Range, given: Range | None, dtype: torch.dtype) -> None:
+    def __init__(self, conv: Any, taken: Range, given: Range | None, dtype: torch.dtype, largest: int) -> None:
         weight = conv.weight.detach().float()
-        self._scales = weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-12) / 127
+        self._scales = weight.abs().amax(dim=(1, 2, 3)).clamp(min=1e-12) / largest
         self._zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._bias = None if conv.bias is None else conv.bias.detach().float()
         self._how = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-        values = torch.round(weight / self._scales[:, None, None, None]).clamp(-127, 127).to(torch.int8)
+        values = torch.round(weight / self._scales[:, None, None, None]).clamp(-largest, largest).to(torch.int8)
         self._weight = torch.ops.onednn.qconv_prepack(values, self._scales, taken.scale, taken.zero, *self._how, None)
         self._taken, self._given, self._dtype = taken, given, dtype
 
