@@ -55,6 +55,7 @@ def fastest(model: nn.Module, image_input: Input, calibration: Calibration | Non
     candidates: list[Precision] = ["fp32"]
     device = device_of(model)
     candidates += ["bf16"] if engines.has_bf16(device) else []
+    candidates += ["fp16"] if device.type == "cuda" else []
     candidates += ["int8"] if device.type == "cpu" and engines.has_int8() and calibration is not None else []
     views: dict[Precision, nn.Module] = {each: engines.accelerated(model, each, calibration) for each in candidates}
     if len(views) > 1:

@@ -141,9 +141,10 @@ def load_predictor(
         bento_model: The model, or its tag, in BentoML's model store; a ``DefaultPredictor`` or a module was saved.
         device_id: As in `load_model`.
         precision: "fp32": results are those of ``DefaultPredictor`` but for rounding: boxes within 0.05 pixels, scores within
-            1e-3. "bf16": faster, on processors and GPUs that compute in it. "int8": faster still, for models that ``bentoml
-            detectron optimize`` has calibrated, on processors that multiply 8-bit integers. "auto": the fastest of these here
-            that finds on a fixed image what fp32 finds: boxes within 2 pixels, scores within 0.04.
+            1e-3. "bf16": faster, on processors and GPUs that compute in it. "fp16": for GPUs, older ones too; features over
+            65,504 overflow. "int8": faster still, for models that ``bentoml detectron optimize`` has calibrated, on x86
+            processors with AVX2. "auto": the fastest of these here that finds on a fixed image what fp32 finds: boxes within 2
+            pixels, scores within 0.04.
         trust_remote_code: As in `load_model`.
         trusted: As in `load_model`.
         batch: "padded": images of one padded shape go through the model together. "exact": each on its own, so that its results

@@ -169,7 +169,7 @@ def completed(home: Path, typed: str) -> set[str]:
 def test_bash_completes_commands_options_and_choices(bentoml_home):
     assert completed(bentoml_home, "bentoml detectron ") == set(COMMANDS)
     assert completed(bentoml_home, "bentoml detectron save --we") == {"--weights"}
-    assert completed(bentoml_home, "bentoml detectron serve --precision ") == {"fp32", "bf16", "int8", "auto"}
+    assert completed(bentoml_home, "bentoml detectron serve --precision ") == {"fp32", "bf16", "fp16", "int8", "auto"}
 
 
 @pytest.mark.slow

@@ -333,8 +333,8 @@ class TestAnchors:
         assert not anchors.takes(generator)
 
 
-def assert_computes_in_bf16(model, fast):
-    """A view under autocast: its parts alone are in bf16, and give float32."""
+def assert_computes_in(precision, model, fast):
+    """A view under autocast: its parts alone are in 16 bits, and give float32."""
     inputs = [image(96, 230), image(96, 230, 1)]
     heads = fast.roi_heads
     seen = []
@@ -351,7 +351,7 @@ def assert_computes_in_bf16(model, fast):
         for mine, due in zip(found, structure.tensors(example.output), strict=True):
             assert mine.dtype == torch.float32
             error = rms(mine - due) / rms(due)
-            assert 1e-4 < error <= engines.TOLERANCES["bf16"], part  # float32 would be nearer
+            assert 1e-4 < error <= engines.TOLERANCES[precision], part  # float32 would be nearer
     seen.clear()
     results = run(fast, *inputs)
     handle.remove()
@@ -364,28 +364,41 @@ def assert_computes_in_bf16(model, fast):
 class TestAutocast:
     """What a GPU gets, on the CPU, whose autocast has the same parts."""
 
-    def test_parts_are_in_bf16_and_all_else_is_not(self):
+    @pytest.mark.parametrize("precision", engines.HALVES)
+    def test_parts_are_in_16_bits_and_all_else_is_not(self, precision):
         model = built(zoo_config(ZOO["Mask R-CNN, FPN"]))
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        assert_computes_in_bf16(model, engines.autocast(model))
+        assert_computes_in(precision, model, engines.autocast(model, precision))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert model.backbone.bottom_up.stem.conv1.weight.is_contiguous()
 
     @pytest.mark.slow
     @pytest.mark.parametrize("make", NAMES)
-    def test_every_family(self, make, caplog):
+    @pytest.mark.parametrize("precision", engines.HALVES)
+    def test_every_family(self, precision, make, caplog):
         model = built(make())
-        fast = engines.autocast(model)
+        fast = engines.autocast(model, precision)
         assert not [each for each in caplog.records if each.name == engines.__name__]
         given = with_proposals(model, image(96, 230))
         theirs, mine = run(model, given)[0], run(fast, given)[0]
         assert theirs.keys() == mine.keys()
         if "sem_seg" in theirs:
             assert mine["sem_seg"].dtype == torch.float32
-            assert rms(mine["sem_seg"] - theirs["sem_seg"]) <= engines.TOLERANCES["bf16"] * rms(theirs["sem_seg"])
+            assert rms(mine["sem_seg"] - theirs["sem_seg"]) <= engines.TOLERANCES[precision] * rms(theirs["sem_seg"])
 
-    def test_finds_in_the_demo_images_what_fp32_finds(self, demo_predictor):
-        fast = engines.autocast(demo_predictor.model)
+    def test_a_part_that_overflows_in_fp16_stays_in_float32(self, caplog):
+        model = built(tiny_cfg())
+        with torch.no_grad():
+            model.backbone.fpn_output2.bias.fill_(1e5)
+        fast, given = engines.autocast(model, "fp16"), torch.rand(1, 3, 64, 64)
+        told = [each.message for each in caplog.records if each.name == engines.__name__]
+        assert told[0] == "backbone in fp16 is off by inf; it stays as it is"
+        with torch.inference_mode():
+            assert torch.equal(fast.backbone(given)["p2"], model.backbone(given)["p2"])
+
+    @pytest.mark.parametrize("precision", engines.HALVES)
+    def test_finds_in_the_demo_images_what_fp32_finds(self, precision, demo_predictor):
+        fast = engines.autocast(demo_predictor.model, precision)
         source = config.input_of(demo_predictor.cfg)
         for path in demo.images()[:4]:
             due = Predictor(demo_predictor.model, source)([path], score_threshold=0.6)[0]
@@ -397,6 +410,8 @@ class TestAutocast:
         engines.check("fp32", meta)
         with pytest.raises(InvalidArgumentError, match=r"^meta, .* does not compute in bf16; give precision='fp32'"):
             engines.check("bf16", meta)
+        with pytest.raises(InvalidArgumentError, match="fp16 is for GPUs, not for cpu; give precision='fp32'"):
+            engines.check("fp16")
         with pytest.raises(InvalidArgumentError, match="int8 is for the CPU, not for cuda:0; give precision='bf16'"):
             engines.check("int8", torch.device("cuda:0"))
 
@@ -417,25 +432,28 @@ class TestGpu:
             with pytest.raises(InvalidArgumentError, match="give precision='fp32'"):
                 engines.check("bf16", device)
 
-    def test_parts_are_in_bf16_and_all_else_is_not(self):
+    @pytest.mark.parametrize("precision", engines.HALVES)
+    def test_parts_are_in_16_bits_and_all_else_is_not(self, precision):
         model = built(zoo_config(ZOO["Mask R-CNN, FPN"])).cuda()
-        fast = engines.accelerated(model, "bf16")
+        fast = engines.accelerated(model, precision)
         assert not list(fast.backbone.parameters())
-        assert_computes_in_bf16(model, fast)
+        assert_computes_in(precision, model, fast)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("make", NAMES)
-    def test_every_family(self, make, caplog):
+    @pytest.mark.parametrize("precision", engines.HALVES)
+    def test_every_family(self, precision, make, caplog):
         model = built(make()).cuda()
-        fast = engines.accelerated(model, "bf16")
+        fast = engines.accelerated(model, precision)
         assert not [each for each in caplog.records if each.name == engines.__name__]
         given = with_proposals(model, image(96, 230))
         assert run(model, given)[0].keys() == run(fast, given)[0].keys()
 
-    def test_finds_in_the_demo_images_what_the_cpu_finds(self, demo_predictor):
-        saved = bentoml.detectron.save_model("bf16-on-gpu", demo_predictor)
+    @pytest.mark.parametrize("precision", engines.HALVES)
+    def test_finds_in_the_demo_images_what_the_cpu_finds(self, precision, demo_predictor):
+        saved = bentoml.detectron.save_model(f"{precision}-on-gpu", demo_predictor)
         due = bentoml.detectron.load_predictor(saved)(demo.images()[:4], score_threshold=0.6)
-        found = bentoml.detectron.load_predictor(saved, "cuda:0", precision="bf16")(demo.images()[:4], score_threshold=0.6)
+        found = bentoml.detectron.load_predictor(saved, "cuda:0", precision=precision)(demo.images()[:4], score_threshold=0.6)
         assert [sorted(each.class_ids.tolist()) for each in found] == [sorted(each.class_ids.tolist()) for each in due]
 
     @pytest.mark.parametrize("order", [1, -1])

@@ -14,8 +14,8 @@ precision = click.option(
     "--precision",
     default="fp32",
     show_default=True,
-    type=click.Choice(["fp32", "bf16", "int8", "auto"]),
-    help="bf16 and int8 are faster; int8 needs a model made by optimize; auto takes the fastest.",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8", "auto"]),
+    help="bf16 and int8 are faster; fp16 is for GPUs; int8 needs a model made by optimize; auto takes the fastest.",
 )
 trust_remote_code = click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
 trusted = click.option(

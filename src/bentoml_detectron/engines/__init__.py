@@ -29,8 +29,10 @@ from bentoml_detectron.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["fp32", "bf16", "int8", "auto"]
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.25, "int8": 0.8}
+Precision = Literal["fp32", "bf16", "fp16", "int8", "auto"]
+HALVES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a GPU's autocast computes in, by precision."""
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.05, "int8": 0.8}
 """How far a part's outputs may be from Detectron2's, root mean square, with respect to their own. This tells a part that
 computes something else from rounding, which random weights amplify; what rounding costs a trained model, its AP tells."""
 _SIZE = (160, 192)  # height and width of the image that parts are tried with
@@ -56,11 +58,13 @@ def check(precision: str, device: torch.device = _CPU, *, is_calibrated: bool = 
     if precision == "bf16" and not has_bf16(device):
         which = "this processor" if device.type == "cpu" else f"{device}, unlike GPUs of compute capability 8.0 and above,"
         raise InvalidArgumentError(f"{which} does not compute in bf16; give precision='fp32'", value=precision)
+    if precision == "fp16" and device.type != "cuda":
+        raise InvalidArgumentError(f"fp16 is for GPUs, not for {device}; give precision='fp32'", value=precision)
     if precision == "int8" and device.type != "cpu":
         raise InvalidArgumentError(f"int8 is for the CPU, not for {device}; give precision='bf16' or 'fp32'", value=precision)
     if precision == "int8" and not has_int8():
         raise InvalidArgumentError(
-            "this processor does not multiply 8-bit integers as int8 needs; give precision='fp32'", value=precision
+            "int8 is for x86 processors with AVX2, which this is not; give precision='fp32'", value=precision
         )
     if precision == "int8" and not is_calibrated:
         raise InvalidArgumentError(
@@ -80,7 +84,7 @@ def has_bf16(device: torch.device = _CPU) -> bool:
 
 
 def has_int8() -> bool:
-    """Whether the processor multiplies 8-bit integers into 32 bits, VNNI or AMX of x86, and PyTorch makes use of it."""
+    """Whether the processor multiplies 8-bit integers, AVX2 of x86 and what came after it, and PyTorch makes use of it."""
     return int8.is_there()
 
 
@@ -96,7 +100,7 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
         The view. Parts that do not run right in another way stay as they are; in fp32 a model on a GPU stays so as a whole.
     """
     if any(each.device.type != "cpu" for each in model.parameters()):
-        return autocast(model) if precision == "bf16" else model
+        return autocast(model, precision) if precision in HALVES else model
     keep_freed_memory()
     examples = _examples(model, find(model))
     keeps = precision != "fp32" and _features_go_to(model, examples)
@@ -119,14 +123,14 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
     return view
 
 
-def autocast(model: nn.Module) -> nn.Module:
-    """A view of a model whose parts compute in bf16 as PyTorch's autocast has it; for GPUs, though any device will do.
+def autocast(model: nn.Module, precision: Precision) -> nn.Module:
+    """A view of a model whose parts compute in bf16 or fp16 as PyTorch's autocast has it; for GPUs, though any device will do.
 
     All else is the model's own, in float32: RoIAlign's kernel, and what decodes and chooses boxes. `accelerated` says the rest.
     """
     replacements = {}
     for part, example in _examples(model, find(model)).items():
-        run = _tried(part, example, "bf16", partial(_autocast, model, part, example))
+        run = _tried(part, example, precision, partial(_autocast, model, part, example, HALVES[precision]))
         replacements[part] = _adapted(model, part, example, run, False)
     return replaced(model, replacements)
 
@@ -152,8 +156,8 @@ def calibrate(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
     return found
 
 
-def _autocast(model: nn.Module, part: Part, example: Example) -> eager.Run:
-    return eager.autocast(Graph(model, part, example), tensors(example.output)[0].device.type)
+def _autocast(model: nn.Module, part: Part, example: Example, dtype: torch.dtype) -> eager.Run:
+    return eager.autocast(Graph(model, part, example), tensors(example.output)[0].device.type, dtype)
 
 
 def _called(graph: Graph, inputs: Sequence[Any]) -> list[Any]:

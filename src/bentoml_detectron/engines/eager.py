@@ -40,17 +40,18 @@ def compiled(
     return run
 
 
-def autocast(graph: Graph, device_type: str) -> Run:
-    """Runs a graph channels-last under PyTorch's autocast: in bf16 what gains by it, in float32 what that would harm.
+def autocast(graph: Graph, device_type: str, dtype: torch.dtype) -> Run:
+    """Runs a graph channels-last under PyTorch's autocast: in 16 bits what gains by it, in float32 what that would harm.
 
     Args:
         graph: Of tensors, in float32; it is changed.
         device_type: Of the device that it is on, such as "cuda".
+        dtype: bfloat16 or float16.
     """
     graph = graph.eval().to(memory_format=torch.channels_last)
 
     def run(inputs: Sequence[Any]) -> list[Any]:
-        with torch.autocast(device_type, torch.bfloat16):
+        with torch.autocast(device_type, dtype):
             return list(graph(*[channels_last(each) for each in inputs]))
 
     return run

@@ -64,7 +64,11 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
     }
 
 
-_INFO = {"type": "object", "required": ["precision"], "properties": {"precision": {"enum": ["fp32", "bf16", "int8", "auto"]}}}
+_INFO = {
+    "type": "object",
+    "required": ["precision"],
+    "properties": {"precision": {"enum": ["fp32", "bf16", "fp16", "int8", "auto"]}},
+}
 # BentoML's clients send null for what was left out, and pages' forms an empty text.
 _FIELDS: dict[str, dict[str, Any]] = {
     "score_threshold": {
