@@ -85,6 +85,7 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_results.py
 	$(BIN)/python benchmarks/bench_draw.py
 	$(BIN)/python benchmarks/bench_speed.py
+	$(BIN)/python benchmarks/bench_openvino.py
 	$(BIN)/python benchmarks/bench_steps.py
 	$(BIN)/python benchmarks/bench_precision.py
 	$(BIN)/python benchmarks/bench_dataset.py

@@ -58,10 +58,8 @@ def main() -> None:
     cfg, model = demo.config(), demo.predictor().model
     known = config.input_of(cfg)
     calibration = engines.calibrate(model, lambda each: Predictor(each, known, None, batch="exact")(demo.images()))
-    models = {
-        "Detectron2's own": model,
-        **{each: engines.accelerated(model, each, calibration) for each in ("fp32", "bf16", "int8")},
-    }
+    here = ["fp32", *(["bf16"] if engines.has_bf16() else []), *(["int8"] if engines.has_int8() else [])]
+    models = {"Detectron2's own": model, **{each: engines.accelerated(model, each, calibration) for each in here}}
     print(f"AP on {count} images, in points")
     print("| precision | box AP | AP50 | AP75 | mask AP | AP50 | AP75 |\n|---|---|---|---|---|---|---|")
     for name, each in models.items():
