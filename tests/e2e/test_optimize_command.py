@@ -15,7 +15,7 @@ from bentoml_detectron import demo, engines
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers"),
+    pytest.mark.skipif(not engines.has_int8(), reason="int8 needs AVX2"),
 ]
 BENTOML = Path(sys.executable).with_name("bentoml")
 

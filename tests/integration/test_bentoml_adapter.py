@@ -51,7 +51,7 @@ def test_module_of_bentoml_1_4_loads():
         assert_same(run(bentoml.detectron.load_model(saved.tag)), run(module))
 
 
-@pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers")
+@pytest.mark.skipif(not engines.has_int8(), reason="int8 needs AVX2")
 def test_model_of_bentoml_is_not_calibrated_but_to_be_saved_again(predictor):
     saved = adapter.save_model("old-optimized", predictor)
     with pytest.raises(errors.InvalidModelError, match="load it and save it with bentoml"):

@@ -25,7 +25,7 @@ from support import assert_same, built, picture, tensors, tiny_cfg
 from zoo import PROJECTS, ZOO, zoo_config
 
 needs_bf16 = pytest.mark.skipif(not engines.has_bf16(), reason="this processor does not compute in bf16")
-needs_int8 = pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers")
+needs_int8 = pytest.mark.skipif(not engines.has_int8(), reason="int8 needs AVX2")
 every_precision = pytest.mark.parametrize(
     "precision", ["fp32", pytest.param("bf16", marks=needs_bf16), pytest.param("int8", marks=needs_int8)]
 )

@@ -20,7 +20,7 @@ from bentoml_detectron.store import check_precision, open_model
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers"),
+    pytest.mark.skipif(not engines.has_int8(), reason="int8 needs AVX2"),
 ]
 REPORT = Report("digits:1", "int8", 20, 20, {"fp32": 20.0, "int8": 10.0}, 2.0, 0.99, {}, {})
 

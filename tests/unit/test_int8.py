@@ -17,7 +17,7 @@ from bentoml_detectron.engines import fusion, int8
 from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.engines.quantized import Quantized, Range, mapped, quantize
 
-pytestmark = pytest.mark.skipif(not engines.has_int8(), reason="this processor does not multiply 8-bit integers")
+pytestmark = pytest.mark.skipif(not engines.has_int8(), reason="int8 needs AVX2")
 
 shapes = st.tuples(st.integers(1, 2), st.sampled_from([8, 16, 24]), st.integers(1, 40), st.integers(1, 40))
 

@@ -64,7 +64,7 @@ def check(precision: str, device: torch.device = _CPU, *, is_calibrated: bool = 
         raise InvalidArgumentError(f"int8 is for the CPU, not for {device}; give precision='bf16' or 'fp32'", value=precision)
     if precision == "int8" and not has_int8():
         raise InvalidArgumentError(
-            "int8 is for x86 processors with AVX2, which this is not; give precision='fp32'", value=precision
+            "int8 needs an x86 processor with AVX2, and a PyTorch with oneDNN; give precision='fp32'", value=precision
         )
     if precision == "int8" and not is_calibrated:
         raise InvalidArgumentError(
