@@ -258,12 +258,11 @@ def test_refusal_of_a_full_queue_is_a_whole_answer_though_it_is_short_of_middlew
 def test_refusals_of_a_full_queue_are_counted_and_logged_together(full, caplog):
     asked = {"authorization": "Bearer secret"}
     assert [full.post("/predict", files={"image": IMAGE}, headers=asked).status_code for _ in range(5)] == [503] * 5
-    assert not any("/predict" in line for line in told(caplog))
     deadline = time.monotonic() + 10
-    while not told(caplog):
+    while sum(int(line.partition(" requests were refused within a second")[0]) for line in told(caplog)) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert told(caplog) == ["5 requests were refused within a second, as too many waited"]
+    assert len(told(caplog)) < 5
     metrics = generate_latest(REGISTRY).decode()
     assert 'detectron_refused_requests_total{reason="OverloadedError",status="503"} 5.0' in metrics
     assert re.search(r'bentoml_service_request_total\{endpoint="/predict",http_response_code="503",.*\} 5\.0', metrics)
