@@ -4,7 +4,7 @@ Of int8, ranges are measured on the 20 images that come with the package, which 
 
 Usage::
 
-    python benchmarks/bench_precision.py [--images 200]
+    python benchmarks/bench_precision.py [--images 200] [--device cuda:0]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import numpy as np
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -49,7 +50,9 @@ def aps(ground_truth: COCO, images: list[np.ndarray], predict: Callable[[np.ndar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
-    count = parser.parse_args().images
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    count, device = arguments.images, torch.device(arguments.device)
     ground_truth = COCO()
     ground_truth.dataset = train_demo.coco_dataset(count)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -57,8 +60,14 @@ def main() -> None:
     images = [image for _, image, _ in train_demo.test_images(count)]
     cfg, model = demo.config(), demo.predictor().model
     known = config.input_of(cfg)
-    calibration = engines.calibrate(model, lambda each: Predictor(each, known, None, batch="exact")(demo.images()))
-    here = ["fp32", *(["bf16"] if engines.has_bf16() else []), *(["int8"] if engines.has_int8() else [])]
+    calibration = None
+    here = ["fp32", *(["bf16"] if engines.has_bf16(device) else [])]
+    if device.type == "cpu" and engines.has_int8():
+        calibration = engines.calibrate(model, lambda each: Predictor(each, known, None, batch="exact")(demo.images()))
+        here.append("int8")
+    if device.type == "cuda":
+        here.append("fp16")
+    model.to(device)
     models = {"Detectron2's own": model, **{each: engines.accelerated(model, each, calibration) for each in here}}
     print(f"AP on {count} images, in points")
     print("| precision | box AP | AP50 | AP75 | mask AP | AP50 | AP75 |\n|---|---|---|---|---|---|---|")

@@ -2,11 +2,13 @@
 
 The models and pictures are `bench_speed`'s: random weights, calibrated so that 1000 proposals and 100 detections come out.
 Parts are timed by hooks on the modules, each without those inside it that are parts themselves; "the rest" is what is between
-them and around them. Operators come from PyTorch's profiler, which makes all slower, so only their shares count.
+them and around them. Operators come from PyTorch's profiler, which makes all slower, so only their shares count. On a GPU each
+part waits until it is done there, and operators' shares are those of the thread that starts them.
 
 Usage::
 
     python benchmarks/bench_profile.py [--model MASK_RCNN] [--size 800x1088] [--way DefaultPredictor fp32 ...] [--runs 7]
+        [--device cuda:0]
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
@@ -33,6 +36,7 @@ PARTS = (
     "roi_heads.keypoint_head", "sem_seg_head", "head",
 )  # fmt: skip
 NAMES = {"proposal_generator": "proposals, but for the RPN's head"}
+WAYS = {"cpu": ("DefaultPredictor", "fp32", "bf16", "int8"), "cuda": bench_speed.WAYS["cuda"]}
 LEAST = 0.01
 """Share of the time from which on an operator is shown."""
 
@@ -40,14 +44,17 @@ LEAST = 0.01
 class Clock:
     """Seconds by part, each without its parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], object]) -> None:
+        self._wait = wait
         self.seconds: dict[str, float] = defaultdict(float)
         self._open: list[list[float]] = []
 
     def begin(self) -> None:
+        self._wait()
         self._open.append([time.perf_counter(), 0.0])
 
     def end(self, name: str) -> None:
+        self._wait()
         start, inside = self._open.pop()
         spent = time.perf_counter() - start
         self.seconds[name] += spent - inside
@@ -63,7 +70,7 @@ def watch(model, clock: Clock) -> None:
             module.register_forward_hook(lambda *_, name=name: clock.end(name))
 
 
-def measured(way: str, model: str, size: str, folder: str, runs: int) -> dict:
+def measured(way: str, model: str, size: str, folder: str, runs: int, device: str) -> dict:
     """Milliseconds of each part, of all, and operators' shares."""
     import torch
 
@@ -71,7 +78,7 @@ def measured(way: str, model: str, size: str, folder: str, runs: int) -> dict:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     images = [calibrated.picture(*map(int, size.split("x")))]
-    call = bench_speed.call_of(way, model, folder, images)
+    call = bench_speed.call_of(way, model, folder, images, device)
     for _ in range(3):
         call()
     predictor = next(each.cell_contents for each in call.__closure__ if hasattr(each.cell_contents, "model"))
@@ -80,7 +87,7 @@ def measured(way: str, model: str, size: str, folder: str, runs: int) -> dict:
     events = profile.key_averages()
     whole = sum(each.self_cpu_time_total for each in events)
     operators = {each.key: (each.self_cpu_time_total / whole, each.count) for each in events}
-    clock = Clock()
+    clock = Clock((lambda: None) if device == "cpu" else torch.cuda.synchronize)
     watch(predictor.model, clock)
     rows = []
     for _ in range(runs):
@@ -116,20 +123,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="MASK_RCNN", choices=bench_speed.MODELS)
     parser.add_argument("--size", default="800x1088")
-    parser.add_argument("--way", nargs="+", default=["DefaultPredictor", *bench_speed.PRECISIONS])
+    parser.add_argument("--way", nargs="+")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.child:
         way, folder = arguments.child
-        print(json.dumps(measured(way, arguments.model, arguments.size, folder, arguments.runs)))
+        print(json.dumps(measured(way, arguments.model, arguments.size, folder, arguments.runs, arguments.device)))
         return
     with tempfile.TemporaryDirectory(prefix="bench-profile-") as folder:
         os.environ["BENTOML_HOME"] = str(Path(folder, "bentoml"))
         bench_speed.prepare(arguments.model, folder, [arguments.size])
         found = {}
-        for way in arguments.way:
+        for way in arguments.way or WAYS[arguments.device.partition(":")[0]]:
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--child", way, folder], capture_output=True, text=True
             )

@@ -3,12 +3,13 @@
 Each way has a process of its own, which the parent lets run in turn; so no way has another's settings or memory. Ratios are
 pair by pair, their median is printed. Of int8 the ranges are those of three pictures. The share of the peak: the time that
 the model's convolutions and products would take at the rate of this machine's products of large matrices of the same type, as
-a share of the time that the whole takes.
+a share of the time that the whole takes. On a GPU peaks are those of its tensor cores, float32 as TF32, which PyTorch's
+convolutions take; memory is the most that PyTorch had allocated there; and a way ends when the GPU has done all of it.
 
 Usage::
 
     python benchmarks/bench_speed.py [--model MASK_RCNN ...] [--size 800x1088 ...] [--batch 1 ...] [--way fp32 ...] [--pairs 5]
-        [--as-it-is]
+        [--as-it-is] [--device cuda:0]
 """
 
 from __future__ import annotations
@@ -27,19 +28,23 @@ import warnings
 from pathlib import Path
 
 DEFAULT = "DefaultPredictor"
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-WAYS = (DEFAULT, "DefaultPredictor, memory kept", *PRECISIONS, "whole model in OpenVINO, bf16")
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+WAYS = {
+    "cpu": (DEFAULT, "DefaultPredictor, memory kept", "fp32", "bf16", "int8", "whole model in OpenVINO, bf16"),
+    "cuda": (DEFAULT, "fp32", "bf16", "fp16"),
+}
+"""By the device's type."""
 MODELS = ("MASK_RCNN", "FASTER_RCNN", "RETINANET", "KEYPOINT_RCNN", "PANOPTIC_FPN", "demo")
 
 
 class Worker:
     """A way in a process of its own."""
 
-    def __init__(self, way: str, model: str, size: str, batch: int, folder: str) -> None:
+    def __init__(self, way: str, model: str, size: str, batch: int, folder: str, device: str) -> None:
         self.way = way
         environment = {**os.environ, "BENTOML_HOME": folder, "BENTOML_DO_NOT_TRACK": "True"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", way, model, size, str(batch), folder],
+            [sys.executable, __file__, "--worker", way, model, size, str(batch), folder, device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         self.loading = self._answer()
@@ -103,9 +108,10 @@ def prepare(model: str, folder: str, sizes: list[str], is_resized: bool = True) 
     return operations
 
 
-def call_of(way: str, model: str, folder: str, images: list):
+def call_of(way: str, model: str, folder: str, images: list, device: str):
     """A way as a function of no arguments."""
     import bentoml
+    import torch
     from detectron2.config import get_cfg
     from detectron2.engine import DefaultPredictor
 
@@ -113,16 +119,24 @@ def call_of(way: str, model: str, folder: str, images: list):
 
     if way in PRECISIONS:
         name = f"{model.lower()}_int8" if way == "int8" else model.lower()
-        predictor = bentoml.detectron.load_predictor(f"{name}:latest", precision=way)
+        predictor = bentoml.detectron.load_predictor(f"{name}:latest", device, precision=way)
         return lambda: predictor(images)
     cfg = get_cfg()
     cfg.merge_from_file(f"{folder}/{model}.yaml")
+    cfg.MODEL.DEVICE = device
     default = DefaultPredictor(cfg)
     if way == "whole model in OpenVINO, bf16":
         return whole_model(default, images)
     if way == "DefaultPredictor, memory kept":
         keep_freed_memory()
-    return lambda: [default(image) for image in images]
+
+    def call() -> None:
+        for image in images:
+            default(image)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
+    return call
 
 
 def whole_model(default, images: list):
@@ -155,7 +169,7 @@ def whole_model(default, images: list):
     return call
 
 
-def work(way: str, model: str, size: str, batch: str, folder: str) -> None:
+def work(way: str, model: str, size: str, batch: str, folder: str, device: str) -> None:
     """A worker: one line in, one line out."""
     answers, sys.stdout = sys.stdout, sys.stderr
     warnings.simplefilter("ignore")
@@ -167,7 +181,7 @@ def work(way: str, model: str, size: str, batch: str, folder: str) -> None:
     height, width = map(int, size.split("x"))
     images = [calibrated.picture(height, width, index) for index in range(int(batch))]
     start = time.perf_counter()
-    call = call_of(way, model, folder, images)
+    call = call_of(way, model, folder, images, device)
     loaded = time.perf_counter()
     call()
     first = time.perf_counter()
@@ -177,23 +191,30 @@ def work(way: str, model: str, size: str, batch: str, folder: str) -> None:
         start = time.perf_counter()
         call()
         seconds = time.perf_counter() - start
-        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        if device == "cpu":
+            peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        else:
+            peak = torch.cuda.max_memory_allocated(device)
         print(json.dumps({"seconds": seconds, "peak": peak}), file=answers, flush=True)
 
 
-def types() -> list[str]:
-    """What this processor multiplies fast."""
+def types(device: str) -> list[str]:
+    """What a device multiplies fast."""
+    import torch
+
     from bentoml_detectron import engines
 
-    has = {"float32": True, "bfloat16": engines.has_bf16(), "int8": engines.has_int8()}
+    on_cpu = device == "cpu"
+    has = {"float32": True, "bfloat16": engines.has_bf16(torch.device(device)), "float16": not on_cpu,
+           "int8": on_cpu and engines.has_int8()}  # fmt: skip
     return [name for name, is_there in has.items() if is_there]
 
 
-def gemm_peak(dtype: str) -> float:
+def gemm_peak(dtype: str, device: str) -> float:
     """Billions of operations a second of a product of large matrices, the best of some."""
     import torch
 
-    size = 2048 if dtype == "float32" else 4096
+    size = 8192 if device != "cpu" else 2048 if dtype == "float32" else 4096
     if dtype == "int8":
         one = torch.randint(0, 255, (size, size), dtype=torch.uint8)
         other = torch.ops.onednn.qlinear_prepack(torch.randint(-127, 127, (size, size), dtype=torch.int8), None)
@@ -201,28 +222,40 @@ def gemm_peak(dtype: str) -> float:
         how = (1.0, 0, other, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
         multiply = lambda: torch.ops.onednn.qlinear_pointwise(one, *how)  # noqa: E731
     else:
-        one, other = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+        torch.backends.cuda.matmul.allow_tf32 = True
+        one, other = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
         multiply = lambda: torch.mm(one, other)  # noqa: E731
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     multiply()
+    wait()
     times = []
     for _ in range(7):
         start = time.perf_counter()
         multiply()
+        wait()
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times) / 1e9
 
 
+def name_of(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 def compare(
-    model: str, size: str, batch: int, ways: list[str], pairs: int, folder: str, operations: int, peaks: dict[str, float]
+    model: str, size: str, batch: int, ways: list[str], pairs: int, folder: str, operations: int, peaks: dict[str, float],
+    device: str,
 ) -> None:
     """Prints one row a way."""
     workers = []
     for way in ways:
         try:
-            workers.append(Worker(way, model, size, batch, folder))
+            workers.append(Worker(way, model, size, batch, folder, device))
         except RuntimeError as exc:
             print(f"| {model} | {size} | {batch} | {way} | {exc} |", flush=True)
     rows = [[worker.run() for worker in workers] for _ in range(pairs)]
+    decimals = 0 if device == "cpu" else 1
     for place, worker in enumerate(workers):
         worker.end()
         seconds = statistics.median(row[place]["seconds"] for row in rows)
@@ -230,7 +263,7 @@ def compare(
         share = f"{operations * batch / 1e9 / peak / seconds:.0%}" if peak else ""
         ratios = [row[0]["seconds"] / row[place]["seconds"] for row in rows]
         print(
-            f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.0f} | {statistics.median(ratios):.2f} "
+            f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.{decimals}f} | {statistics.median(ratios):.2f} "
             f"({min(ratios):.2f}-{max(ratios):.2f}) | {share} | {rows[-1][place]['peak'] / 1e6:.0f} "
             f"| {worker.loading['load']:.1f} | {worker.loading['first']:.2f} |",
             flush=True,
@@ -242,24 +275,27 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["MASK_RCNN"], choices=MODELS)
     parser.add_argument("--size", nargs="+", default=["800x1088"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
-    parser.add_argument("--way", nargs="+", default=list(WAYS))
+    parser.add_argument("--way", nargs="+")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--as-it-is", action="store_true", help="pictures are not resized to the model's size")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(*arguments.worker)
         return
     processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        known = pool.apply(types)
-        peaks = {each: pool.apply(gemm_peak, (each,)) for each in known}
-    print(f"{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; peak of products of matrices, 1e9 operations a "
+        known = pool.apply(types, (arguments.device,))
+        peaks = {each: pool.apply(gemm_peak, (each, arguments.device)) for each in known}
+        card = "" if arguments.device == "cpu" else f"{pool.apply(name_of, (arguments.device,))}; "
+    print(f"{card}{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; peak of products of matrices, 1e9 operations a "
           f"second: {', '.join(f'{name} {peak:.0f}' for name, peak in peaks.items())}")  # fmt: skip
     print("| model | image | batch | way | ms an image | times as fast, pair by pair | of the peak | peak MB | load, s "
           "| first call, s |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    ways = [DEFAULT, *[way for way in arguments.way if way != DEFAULT]]
+    wanted = arguments.way or WAYS[arguments.device.partition(":")[0]]
+    ways = [DEFAULT, *[way for way in wanted if way != DEFAULT]]
     with tempfile.TemporaryDirectory(prefix="bench-speed-") as folder:
         os.environ["BENTOML_HOME"] = folder
         os.environ["BENTOML_DO_NOT_TRACK"] = "True"
@@ -268,7 +304,7 @@ def main() -> None:
                 operations = pool.apply(prepare, (model, folder, arguments.size, not arguments.as_it_is))
             for size in arguments.size:
                 for batch in arguments.batch:
-                    compare(model, size, batch, ways, arguments.pairs, folder, operations[size], peaks)
+                    compare(model, size, batch, ways, arguments.pairs, folder, operations[size], peaks, arguments.device)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,19 @@ from bentoml_detectron.artifact import manifest
 from support import assert_same, built, picture, tiny_cfg
 from zoo import ZOO, narrowed
 
+DATASET = "a_dataset_of_test_from_files"
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A config file over another, and a checkpoint with random weights."""
+    """A config file over another, and a checkpoint with random weights.
+
+    Its dataset is of these tests alone: some give it class names, which Detectron2 keeps for the rest of the process.
+    """
     folder = tmp_path_factory.mktemp("files")
-    (folder / "base.yaml").write_text(tiny_cfg().dump())
+    cfg = tiny_cfg()
+    cfg.DATASETS.TEST = (DATASET,)
+    (folder / "base.yaml").write_text(cfg.dump())
     (folder / "config.yaml").write_text("_BASE_: base.yaml\nMODEL:\n  ROI_HEADS:\n    SCORE_THRESH_TEST: 0.1\n")
     torch.save({"model": built(tiny_cfg()).state_dict()}, folder / "model.pth")
     return folder
@@ -325,7 +332,7 @@ class TestClasses:
 
     def test_names_by_rising_id_and_the_files_own_ids(self, files, tmp_path):
         dataset = self.saved(files, "named", coco(tmp_path / "train.json", self.FIVE))
-        assert dataset.name == "a_dataset_of_this_test"
+        assert dataset.name == DATASET
         assert dataset.thing_classes == ["a", "b", "c", "d", "e"]
         assert dataset.thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 7: 2, 9: 3, 30: 4}
 
