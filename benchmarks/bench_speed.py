@@ -244,7 +244,14 @@ def name_of(device: str) -> str:
 
 
 def compare(
-    model: str, size: str, batch: int, ways: list[str], pairs: int, folder: str, operations: int, peaks: dict[str, float],
+    model: str,
+    size: str,
+    batch: int,
+    ways: list[str],
+    pairs: int,
+    folder: str,
+    operations: int,
+    peaks: dict[str, float],
     device: str,
 ) -> None:
     """Prints one row a way."""
@@ -263,8 +270,8 @@ def compare(
         share = f"{operations * batch / 1e9 / peak / seconds:.0%}" if peak else ""
         ratios = [row[0]["seconds"] / row[place]["seconds"] for row in rows]
         print(
-            f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.{decimals}f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f}-{max(ratios):.2f}) | {share} | {rows[-1][place]['peak'] / 1e6:.0f} "
+            f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.{decimals}f} "
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {share} | {rows[-1][place]['peak'] / 1e6:.0f} "
             f"| {worker.loading['load']:.1f} | {worker.loading['first']:.2f} |",
             flush=True,
         )
@@ -289,8 +296,8 @@ def main() -> None:
         known = pool.apply(types, (arguments.device,))
         peaks = {each: pool.apply(gemm_peak, (each, arguments.device)) for each in known}
         card = "" if arguments.device == "cpu" else f"{pool.apply(name_of, (arguments.device,))}; "
-    print(f"{card}{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; peak of products of matrices, 1e9 operations a "
-          f"second: {', '.join(f'{name} {peak:.0f}' for name, peak in peaks.items())}")  # fmt: skip
+    print(f"{card}{processor and processor[1]}, {len(os.sched_getaffinity(0))} cores; peak of products of matrices, "
+          f"1e9 operations a second: {', '.join(f'{name} {peak:.0f}' for name, peak in peaks.items())}")  # fmt: skip
     print("| model | image | batch | way | ms an image | times as fast, pair by pair | of the peak | peak MB | load, s "
           "| first call, s |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 
 from bentoml_detectron import Prediction, demo
 from servers import BENTOML, environment
@@ -140,3 +141,20 @@ def test_url_is_refused_in_one_line(digits_home, tmp_path):
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert result.stderr.startswith("Error: nothing is fetched")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gpu_finds_what_the_cpu_finds(precision, digits_home, tmp_path):
+    source = [*IMAGES[:8], "--score-threshold", "0.6"]
+    assert not predicted(digits_home, *source, "-o", tmp_path / "cpu.jsonl").returncode
+    on_gpu = predicted(
+        digits_home, *source, "-o", tmp_path / "gpu.jsonl", "--device", "cuda:0", "--precision", precision
+    )  # fmt: skip
+    assert not on_gpu.returncode, on_gpu.stderr
+    due, found = (
+        [sorted(Prediction.from_json(line).detections.class_names) for line in (tmp_path / name).read_bytes().splitlines()]
+        for name in ("cpu.jsonl", "gpu.jsonl")
+    )
+    assert found == due

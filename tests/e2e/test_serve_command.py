@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 
 from bentoml_detectron import demo
 from bentoml_detectron.engines import has_bf16
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.slow
 COMMAND = ("detectron", "serve", "digits")
 JPEG = {"content-type": "image/jpeg"}
 IMAGE = {"image": demo.images()[3].read_bytes()}
+FOUND = ["0", "0", "5", "7", "8", "8", "9"]
+"""Classes of what scores 0.6 and more on it."""
 
 
 def failed(home: Path, *arguments: str, **more: str) -> str:
@@ -85,7 +88,7 @@ def test_precision_is_served_and_said(digits_home, tmp_path):
     with served(tmp_path, digits_home, *COMMAND, "--precision", "bf16") as server:
         assert httpx.get(f"{server.url}/info").json()["precision"] == "bf16"
         found = httpx.post(f"{server.url}/predict?score_threshold=0.6", content=IMAGE["image"], headers=JPEG, timeout=60).json()
-        assert sorted(found["class_names"]) == ["0", "0", "5", "7", "8", "8", "9"]
+        assert sorted(found["class_names"]) == FOUND
 
 
 def test_precision_that_the_machine_lacks_is_one_line(digits_home, tmp_path):
@@ -114,3 +117,14 @@ def test_it_ends_by_ctrl_c_and_its_log_is_free_of_pytorchs_warnings(digits_home,
         assert process.wait(60) == 0
         assert "Traceback" not in server.log
         assert "Warning" not in server.log
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
+def test_it_serves_on_a_gpu(precision, digits_home, tmp_path):
+    with served(tmp_path, digits_home, *COMMAND, "--device", "cuda:0", "--precision", precision) as server:
+        info = httpx.get(f"{server.url}/info").json()
+        found = httpx.post(f"{server.url}/predict?score_threshold=0.6", content=IMAGE["image"], headers=JPEG, timeout=60)
+    assert (info["device"], info["precision"]) == ("cuda:0", precision)
+    assert sorted(found.json()["class_names"]) == FOUND

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,10 +15,11 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
 from PIL import Image
+from torch import nn
 
-from bentoml_detectron import demo, engines
+from bentoml_detectron import demo, engines, fastest
 from bentoml_detectron.artifact import config
-from bentoml_detectron.engines import anchors, normalization, parts, proposals, structure
+from bentoml_detectron.engines import anchors, eager, normalization, parts, proposals, structure
 from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.predictor import Predictor, on_device
@@ -364,6 +366,25 @@ def assert_computes_in(precision, model, fast):
 class TestAutocast:
     """What a GPU gets, on the CPU, whose autocast has the same parts."""
 
+    def test_weights_are_in_16_bits_once_and_norms_stay(self):
+        cfg = zoo_config(ZOO["Mask R-CNN, FPN"])
+        cfg.MODEL.FPN.NORM = "GN"
+        model = built(cfg)
+        graphs = []
+        run = eager.autocast
+
+        def autocast(graph, *rest):
+            graphs.append(graph)
+            return run(graph, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(eager, "autocast", autocast)
+            engines.autocast(model, "bf16")
+        layers = [each for graph in graphs for each in graph.modules()]
+        assert {each.weight.dtype for each in layers if isinstance(each, (nn.Conv2d, nn.Linear))} == {torch.bfloat16}
+        assert {each.weight.dtype for each in layers if isinstance(each, nn.GroupNorm)} == {torch.float32}
+        assert {each.dtype for each in model.parameters()} == {torch.float32}
+
     @pytest.mark.parametrize("precision", engines.HALVES)
     def test_parts_are_in_16_bits_and_all_else_is_not(self, precision):
         model = built(zoo_config(ZOO["Mask R-CNN, FPN"]))
@@ -455,6 +476,12 @@ class TestGpu:
         due = bentoml.detectron.load_predictor(saved)(demo.images()[:4], score_threshold=0.6)
         found = bentoml.detectron.load_predictor(saved, "cuda:0", precision=precision)(demo.images()[:4], score_threshold=0.6)
         assert [sorted(each.class_ids.tolist()) for each in found] == [sorted(each.class_ids.tolist()) for each in due]
+
+    def test_auto_takes_the_fastest_of_what_finds_the_same(self, demo_predictor):
+        model = copy.deepcopy(demo_predictor.model).cuda()
+        chosen = fastest.fastest(model, config.input_of(demo_predictor.cfg), None)
+        assert {"fp32"} < chosen.seconds.keys() <= {"fp32", *engines.HALVES}
+        assert chosen.seconds[chosen.precision] == min(chosen.seconds.values())
 
     @pytest.mark.parametrize("order", [1, -1])
     def test_images_get_there_whole(self, order):

@@ -125,3 +125,14 @@ def test_class_says_where_it_can_run_and_changes_no_default(module):
     instance = runnable()
     assert instance.device_id == ("cuda" if torch.cuda.is_available() else "cpu")
     assert (torch.get_default_dtype(), torch.get_default_device()) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("signatures", [None, BATCHABLE])
+def test_runs_on_a_gpu_where_there_is_one(predictor, signatures):
+    runnable = bentoml.detectron.get_runnable(save(predictor, None, signatures))()
+    assert {each.device.type for each in runnable.model.model.parameters()} == {"cuda"}
+    found = runnable.__call__([picture()])[0] if signatures else runnable.__call__(picture())
+    due = predictor(picture())["instances"]
+    assert torch.allclose(found["instances"].scores.cpu(), due.scores, atol=1e-2)

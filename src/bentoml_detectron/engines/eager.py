@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import detectron2.layers
 import torch
+from torch import nn
 
 from bentoml_detectron.engines import fusion, int8
 from bentoml_detectron.engines.graph import Graph
@@ -13,6 +15,8 @@ from bentoml_detectron.engines.quantized import Quantized
 
 Run = Callable[[Sequence[Any]], list[Any]]
 """Computes a part: what it takes, tensors of any float dtype and layout or `Quantized`, to what it gives."""
+_LAYERS = (detectron2.layers.Conv2d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+"""Those whose weights autocast makes 16 bits of at each call, as it keeps none beyond a call."""
 
 
 def compiled(
@@ -49,6 +53,10 @@ def autocast(graph: Graph, device_type: str, dtype: torch.dtype) -> Run:
         dtype: bfloat16 or float16.
     """
     graph = graph.eval().to(memory_format=torch.channels_last)
+    for layer in graph.modules():
+        if type(layer) in _LAYERS:
+            for parameter in layer.parameters(recurse=False):  # not its norm's
+                parameter.data = parameter.data.to(dtype)
 
     def run(inputs: Sequence[Any]) -> list[Any]:
         with torch.autocast(device_type, dtype):
