@@ -271,8 +271,8 @@ def compare(
         ratios = [row[0]["seconds"] / row[place]["seconds"] for row in rows]
         print(
             f"| {model} | {size} | {batch} | {worker.way} | {seconds / batch * 1e3:.{decimals}f} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {share} | {rows[-1][place]['peak'] / 1e6:.0f} "
-            f"| {worker.loading['load']:.1f} | {worker.loading['first']:.2f} |",
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {share} "
+            f"| {rows[-1][place]['peak'] / 1e6:.0f} | {worker.loading['load']:.1f} | {worker.loading['first']:.2f} |",
             flush=True,
         )
 

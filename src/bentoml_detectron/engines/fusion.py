@@ -24,6 +24,8 @@ from bentoml_detectron.engines.quantized import Quantized, mapped
 Computes: TypeAlias = Callable[[Any, bool, Any], Any]
 """Computes a convolution of its first argument, rectified or not, plus the third, which may be overwritten."""
 _COMPUTES, _PACKED = "_computes", "_packed"  # attributes of convolutions
+_LAYOUTS = 2
+"""Of a convolution's weights that are kept beside the plain ones."""
 _BLOCKS = (BasicBlock, BottleneckBlock)
 _OPERATORS = ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight", "_get_mkldnn_serialized_md")
 
@@ -196,7 +198,7 @@ def in_floats(conv: Any, x: torch.Tensor, relu: bool, add: torch.Tensor | None) 
     if _has_one_column(conv, x):
         y = in_floats(conv, _with_another(conv, x), relu, None if add is None else functional.pad(add, (0, 1)))
         return _first_column(y)
-    packed: Packed = conv.__dict__.get(_PACKED) or conv.__dict__.setdefault(_PACKED, Packed(conv))
+    packed: Packed = conv.__dict__.get(_PACKED) or conv.__dict__.setdefault(_PACKED, _packed(conv))
     how = (packed.of(x.shape), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     result: torch.Tensor
     if add is None:
@@ -205,6 +207,16 @@ def in_floats(conv: Any, x: torch.Tensor, relu: bool, add: torch.Tensor | None) 
         add = add.contiguous(memory_format=torch.channels_last)  # as it is already, but for maps of a pixel
         result = torch.ops.mkldnn._convolution_pointwise_(add, x, *how, "add", 1.0, "relu" if relu else None, [], None)
     return result
+
+
+def _packed(conv: Any) -> Packed:
+    how = (conv.padding, conv.stride, conv.dilation, conv.groups)
+
+    def pack(size: torch.Size) -> torch.Tensor:
+        weight: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *how, list(size))
+        return weight
+
+    return Packed(pack, conv.weight, _LAYOUTS)
 
 
 def _has_one_column(conv: Any, x: torch.Tensor) -> bool:

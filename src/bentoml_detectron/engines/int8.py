@@ -20,10 +20,14 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from torch import nn
 
 from bentoml_detectron.engines import fusion, processor
+from bentoml_detectron.engines.packed import Packed
 from bentoml_detectron.engines.quantized import Features, Quantized, Range, quantize
 
 _LEAST_CHANNELS = 8
 """Convolutions of fewer take the image itself; they cost little, and their input has the most to lose."""
+
+_LAYOUTS = 3
+"""Of a convolution's weights that are kept; each is a fourth of the weights in float32."""
 
 
 class Ranges(NamedTuple):
@@ -131,8 +135,14 @@ class Convolution:
         self._bias = None if conv.bias is None else conv.bias.detach().float()
         self._how = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
         values = torch.round(weight / self._scales[:, None, None, None]).clamp(-largest, largest).to(torch.int8)
-        self._weight = torch.ops.onednn.qconv_prepack(values, self._scales, taken.scale, taken.zero, *self._how, None)
+        self._values = values
+        self._packed = Packed(self._pack, None, _LAYOUTS)
         self._taken, self._given, self._dtype = taken, given, dtype
+
+    def _pack(self, size: torch.Size) -> torch.Tensor:
+        how = (self._scales, self._taken.scale, self._taken.zero, *self._how, list(size))
+        weight: torch.Tensor = torch.ops.onednn.qconv_prepack(self._values, *how)
+        return weight
 
     def taken(self, x: Features) -> Quantized:
         """An input in integers."""
@@ -142,7 +152,9 @@ class Convolution:
         """The convolution; what is added may be overwritten."""
         x, given = self.taken(x), self._given
         scale, zero, dtype = (1.0, 0, self._dtype) if given is None else (given.scale, given.zero, None)
-        taken = (x.values, x.scale, x.zero, self._weight, self._scales, self._zeros)
+        # Where there is nothing to compute, as of no boxes, any layout will do.
+        weight = self._packed.of(torch.Size(max(1, each) for each in x.values.shape))
+        taken = (x.values, x.scale, x.zero, weight, self._scales, self._zeros)
         how = (self._bias, *self._how, scale, zero, dtype)
         result: torch.Tensor
         if add is None:

@@ -1,0 +1,78 @@
+"""Weights are put in order for the sizes that come, a few times however many there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bentoml_detectron import engines
+from bentoml_detectron.engines import int8
+from bentoml_detectron.engines.packed import Packed
+from bentoml_detectron.engines.quantized import Quantized, Range
+
+pytestmark = pytest.mark.skipif(not engines.has_int8(), reason="its weights are those of int8, which needs AVX2")
+CHANNELS, MORE = 64, 512
+
+
+class Counting:
+    """Packs int8 weights of a window of one pixel, and notes for which sizes."""
+
+    def __init__(self) -> None:
+        self.sizes: list[torch.Size] = []
+        self._values = torch.ones(MORE, CHANNELS, 1, 1, dtype=torch.int8)
+
+    def __call__(self, size: torch.Size) -> torch.Tensor:
+        self.sizes.append(size)
+        how = ([1, 1], [0, 0], [1, 1], 1, list(size))
+        return torch.ops.onednn.qconv_prepack(self._values, torch.ones(MORE), 1.0, 0, *how)
+
+
+def size(height: int, width: int) -> torch.Size:
+    return torch.Size([1, CHANNELS, height, width])
+
+
+def layout(weight: torch.Tensor) -> bytes:
+    return torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
+
+
+def test_a_size_that_comes_again_gets_the_layout_of_its_own():
+    pack = Counting()
+    packed = Packed(pack, None, 3)
+    for each in (size(200, 272), size(5, 6), size(13, 17)):
+        packed.of(each)
+        assert layout(packed.of(each)) == layout(pack(each))
+
+
+def test_many_sizes_are_packed_as_often_as_they_double():
+    pack = Counting()
+    packed = Packed(pack, None, 3)
+    for height in range(20, 220):
+        packed.of(size(height, 2 * height - 3))
+    assert pack.sizes[0] == size(20, 37)
+    assert len(pack.sizes) <= 8  # the largest has 128 times as many pixels as the smallest
+
+
+def test_plain_weights_serve_what_never_came_before_and_what_is_too_much():
+    pack, plain = Counting(), torch.zeros(1)
+    packed = Packed(pack, plain, 0)
+    assert packed.of(size(5, 6)) is plain
+    assert not pack.sizes
+    assert packed.of(size(5, 6)) is plain
+    assert pack.sizes == [size(5, 6)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=12))
+def test_any_sizes_in_any_order_give_the_same_numbers(sizes):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(CHANNELS, MORE, 1, bias=False)
+    one = int8.Convolution(conv, Range(0.0, 255.0), None, torch.float32, int8.largest_weight())
+    for batch, *shape in sizes + sizes:
+        values = torch.randint(0, 255, (batch, CHANNELS, *shape), dtype=torch.uint8).to(memory_format=torch.channels_last)
+        x = Quantized(values, 1.0, 0)
+        fresh = int8.Convolution(conv, Range(0.0, 255.0), None, torch.float32, int8.largest_weight())
+        assert torch.equal(one(x, False, None), fresh(x, False, None))
+    assert len(one._packed._layouts) <= 3
