@@ -135,7 +135,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="bench-profile-") as folder:
         os.environ["BENTOML_HOME"] = str(Path(folder, "bentoml"))
-        bench_speed.prepare(arguments.model, folder, [arguments.size])
+        bench_speed.prepare(arguments.model, folder, [arguments.size], device=arguments.device)
         found = {}
         for way in arguments.way or WAYS[arguments.device.partition(":")[0]]:
             done = subprocess.run(

@@ -65,7 +65,7 @@ class Worker:
         self.process.wait(30)
 
 
-def prepare(model: str, folder: str, sizes: list[str], is_resized: bool = True) -> dict[str, int]:
+def prepare(model: str, folder: str, sizes: list[str], is_resized: bool = True, device: str = "cpu") -> dict[str, int]:
     """Writes a model's config and weights, and saves it into the store.
 
     Args:
@@ -73,6 +73,7 @@ def prepare(model: str, folder: str, sizes: list[str], is_resized: bool = True) 
         folder: Where to write, and BentoML's home.
         sizes: Of the pictures.
         is_resized: Whether the model gets them at its own size, or as they are.
+        device: That it will be measured on; for a CPU, it is calibrated for int8 too.
 
     Returns:
         The floating-point operations of Detectron2's convolutions and matrix products for an image, by its size.
@@ -92,7 +93,7 @@ def prepare(model: str, folder: str, sizes: list[str], is_resized: bool = True) 
     Path(folder, f"{model}.yaml").write_text(cfg.dump())
     default = DefaultPredictor(cfg)
     saved = bentoml.detectron.save_model(model.lower(), default)
-    if engines.has_int8():
+    if device == "cpu" and engines.has_int8():
         pictures = [calibrated.picture(*map(int, sizes[0].split("x")), index) for index in range(3)]
 
         def run(view: object) -> None:
@@ -308,7 +309,7 @@ def main() -> None:
         os.environ["BENTOML_DO_NOT_TRACK"] = "True"
         for model in arguments.model:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                operations = pool.apply(prepare, (model, folder, arguments.size, not arguments.as_it_is))
+                operations = pool.apply(prepare, (model, folder, arguments.size, not arguments.as_it_is, arguments.device))
             for size in arguments.size:
                 for batch in arguments.batch:
                     compare(model, size, batch, ways, arguments.pairs, folder, operations[size], peaks, arguments.device)

@@ -111,6 +111,28 @@ def encode(bitmap: NDArray[np.bool_] | NDArray[np.uint8]) -> RLE:
     return from_toggles(0, toggles, 1, height, width)[0]
 
 
+def from_bitmaps(bitmaps: torch.Tensor) -> list[RLE]:
+    """The RLEs of (N, H, W) bool, as `encode` makes them; found where they are, as on a GPU, so that few numbers leave it.
+
+    Raises:
+        InvalidArgumentError: They have another type or shape.
+    """
+    import torch
+
+    if bitmaps.ndim != 3 or bitmaps.dtype != torch.bool:
+        found = f"{bitmaps.dtype} {tuple(bitmaps.shape)}"
+        raise InvalidArgumentError(f"the bitmaps are {found}; give (N, H, W) of bool", value=found)
+    count = len(bitmaps)
+    if not count:
+        return []
+    height, width = checked_size(bitmaps.shape[1:])
+    # Column by column, with a pixel that is off before the first and after the last.
+    on = bitmaps.new_zeros((count, height * width + 2))
+    on[:, 1:-1].view(count, width, height).copy_(bitmaps.transpose(1, 2))
+    mask, position = (on[:, 1:] != on[:, :-1]).nonzero().cpu().numpy().T
+    return from_toggles(mask, position, count, height, width)
+
+
 def decode(rle: RLE) -> NDArray[np.bool_]:
     """The (H, W) bitmap of an RLE; its columns are contiguous, as in pycocotools.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.layers import paste_masks_in_image
 from detectron2.structures import Instances, ROIMasks
 from numpy.typing import NDArray
 
@@ -20,6 +21,8 @@ from bentoml_detectron.results import VOID, Detections, PanopticSegmentation, Se
 MASK_THRESHOLD = 0.5
 """Of ROI masks, as in Detectron2's ``detector_postprocess``."""
 _MAX_VALUES = 1 << 24  # of semantic logits at an image's own size that are in memory at once
+
+_MAX_PASTED = 1 << 26  # pixels of bitmaps that are in memory at once; Detectron2 takes some 14 bytes for each
 
 
 class Names:
@@ -71,8 +74,9 @@ def detections(output: Output, size: tuple[int, int], wanted: Options, names: Na
     classes = 0 if output.logits is None else output.logits.shape[0]
     if output.proposals is not None:
         return _proposals(output.proposals, size)
-    instances = Instances(size, scores=torch.empty(0)) if output.instances is None else output.instances.to("cpu")
-    masks = _rles(instances, size)
+    found = Instances(size, scores=torch.empty(0)) if output.instances is None else output.instances
+    instances = found.to("cpu")
+    masks = _rles(found if found.has("roi_masks") else instances, size)
     panoptic = None
     if output.combine is not None and labels is not None and masks is not None:
         panoptic = _combined(instances, masks, labels, *output.combine)
@@ -134,11 +138,27 @@ def _rles(instances: Instances, size: tuple[int, int]) -> list[RLE] | None:
     if instances.has("roi_masks"):
         roi_masks = instances.roi_masks
         roi_masks = roi_masks.tensor if isinstance(roi_masks, ROIMasks) else roi_masks[:, 0]
-        return rle_masks.from_roi_masks(roi_masks, instances.pred_boxes.tensor, size, MASK_THRESHOLD)
+        boxes = instances.pred_boxes.tensor
+        if roi_masks.device.type == "cpu":
+            return rle_masks.from_roi_masks(roi_masks, boxes, size, MASK_THRESHOLD)
+        return pasted(roi_masks, boxes, size)
     if instances.has("pred_masks"):
         given = instances.pred_masks
         return [rle_masks.encode(np.asarray(mask)) for mask in getattr(given, "tensor", given)]
     return None
+
+
+def pasted(roi_masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> list[RLE]:
+    """ROI masks pasted by Detectron2 where they are, some at a time; a GPU does that sooner than the CPU goes without it.
+
+    Args:
+        roi_masks: (N, M, M), probabilities.
+        boxes: (N, 4), in pixels of the image.
+        size: The image's height and width.
+    """
+    step = max(1, _MAX_PASTED // (size[0] * size[1]))
+    some = ((roi_masks[start : start + step], boxes[start : start + step]) for start in range(0, len(boxes), step))
+    return [rle for each in some for rle in rle_masks.from_bitmaps(paste_masks_in_image(*each, size, MASK_THRESHOLD))]
 
 
 def _semantic(logits: torch.Tensor, part: tuple[int, int] | None, size: tuple[int, int]) -> NDArray[np.int64]:

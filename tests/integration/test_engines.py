@@ -442,9 +442,15 @@ class TestAutocast:
 class TestGpu:
     """The same on a GPU."""
 
-    def test_fp32_is_the_model_itself(self):
+    def test_fp32_is_the_model_itself_but_for_anchors_that_are_kept(self):
         model = built(tiny_cfg()).cuda()
-        assert engines.accelerated(model, "fp32") is model
+        fast = engines.accelerated(model, "fp32")
+        assert isinstance(fast.proposal_generator.anchor_generator._grid_anchors, anchors.Kept)
+        assert fast.backbone is model.backbone
+        for _ in range(2):
+            grids = [(5, 7), (3, 4), (2, 2), (1, 1), (1, 1)]
+            made = [view.proposal_generator.anchor_generator._grid_anchors(grids) for view in (fast, model)]
+            assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
 
     def test_bf16_is_for_gpus_that_compute_in_it(self):
         device = torch.device("cuda:0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from bentoml_detectron import demo, errors, forward, outputs, selftest
 from bentoml_detectron.artifact import config
 from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.images import Limits
-from bentoml_detectron.masks import decode
+from bentoml_detectron.masks import decode, from_roi_masks
 from bentoml_detectron.options import Options, options
 from bentoml_detectron.predictor import MOST_PIXELS_ON_CPU, Predictor, free_memory
 from bentoml_detectron.results import Detections
@@ -625,6 +626,19 @@ def test_semantic_map_has_room_for_many_classes():
     assert outputs._map(labels, 255).dtype == np.uint8
 
 
+@pytest.mark.parametrize("most", [outputs._MAX_PASTED, 30_000])
+def test_masks_pasted_where_they_are_are_those_of_the_cpu(most, monkeypatch):
+    """As a GPU does it, some at a time; here on the CPU, where Detectron2 pastes to the last bit what is found without."""
+    monkeypatch.setattr(outputs, "_MAX_PASTED", most)
+    generator = torch.Generator().manual_seed(0)
+    soft = torch.rand((9, 14, 14), generator=generator)
+    first = torch.rand((9, 2), generator=generator) * 60
+    boxes = torch.cat([first, first + 1 + torch.rand((9, 2), generator=generator) * 60], dim=1)
+    due = from_roi_masks(soft, boxes, (100, 120))
+    assert outputs.pasted(soft, boxes, (100, 120)) == due
+    assert len({each["counts"] for each in due}) == 9
+
+
 class TestRotated:
     """Rotated boxes need Detectron2's compiled ops to be found; what they become does not."""
 
@@ -686,6 +700,19 @@ class TestGpu:
         for one, other in zip(ours, theirs, strict=True):
             assert np.array_equal(one.class_ids, other.class_ids)
             assert np.abs(one.boxes - other.boxes).max() < 0.1
+
+    def test_one_image_gives_what_default_predictor_gives_there(self, demo_predictor):
+        """Masks are pasted there, and leave it as what they change."""
+        model = copy.deepcopy(demo_predictor.model).cuda()
+        found = of(demo_predictor.cfg, model)([pixels(3)])[0]
+        with torch.inference_mode():
+            image = torch.as_tensor(pixels(3).astype("float32").transpose(2, 0, 1))
+            due = model([{"image": image, "height": 192, "width": 192}])[0]["instances"].to("cpu")
+        assert len(due) > 3
+        assert np.array_equal(found.class_ids, due.pred_classes.numpy())
+        assert np.abs(found.boxes - due.pred_boxes.tensor.numpy()).max() < 0.05
+        for rle, bitmap in zip(found.masks, due.pred_masks.numpy(), strict=True):
+            assert (decode(rle) != bitmap).mean() < 1e-3
 
     def test_out_of_memory_is_halved(self, demo_predictor):
         predictor = of(demo_predictor.cfg, demo_predictor.model.cuda())

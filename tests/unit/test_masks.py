@@ -275,6 +275,24 @@ def test_encode_and_decode_equal_pycocotools(bitmap):
 
 
 @settings(deadline=None)
+@given(BITMAPS, st.integers(0, 3))
+def test_bitmaps_together_are_encoded_as_each_alone(bitmap, more):
+    rng = np.random.default_rng(more)
+    together = np.stack([bitmap, *(rng.random((more, *bitmap.shape)) < 0.5), ~bitmap])
+    assert masks.from_bitmaps(torch.from_numpy(together)) == [masks.encode(each) for each in together]
+
+
+def test_no_bitmaps_are_no_masks():
+    assert masks.from_bitmaps(torch.zeros((0, 4, 5), dtype=torch.bool)) == []
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(4, 5, dtype=torch.bool), torch.zeros(1, 4, 5)])
+def test_bitmaps_of_another_kind_are_named(wrong):
+    with pytest.raises(InvalidArgumentError, match=r"the bitmaps are torch\.\w+ .*; give \(N, H, W\) of bool"):
+        masks.from_bitmaps(wrong)
+
+
+@settings(deadline=None)
 @given(BITMAPS)
 def test_area_and_bounding_box_are_the_bitmaps(bitmap):
     rle = masks.encode(bitmap)

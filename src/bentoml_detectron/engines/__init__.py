@@ -97,10 +97,10 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
         calibration: What `calibrate` found, for int8.
 
     Returns:
-        The view. Parts that do not run right in another way stay as they are; in fp32 a model on a GPU stays so as a whole.
+        The view. Parts that do not run right in another way stay as they are, and on a GPU in fp32 all of them.
     """
     if any(each.device.type != "cpu" for each in model.parameters()):
-        return autocast(model, precision) if precision in HALVES else model
+        return _keeping_anchors(autocast(model, precision) if precision in HALVES else model)
     keep_freed_memory()
     examples = _examples(model, find(model))
     keeps = precision != "fp32" and _features_go_to(model, examples)
@@ -110,17 +110,20 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
         run = _tried(part, example, precision, partial(_compiled, model, part, example, precision, calibration, keeps))
         replacements[part] = _adapted(model, part, example, run, keeps)
         runs_backbone |= part.is_backbone and run is not None
-    view = replaced(model, replacements)
+    view = _keeping_anchors(replaced(model, replacements))
     for name, module in model.named_modules():
         if Pooler.takes(module):
             view = with_module(view, name, Pooler)
-        elif anchors.takes(module):
-            view = replaced(view, {Part(name, "_grid_anchors"): anchors.Kept(module)})
     if proposals.takes(getattr(model, "proposal_generator", None)):
         view = with_module(view, "proposal_generator", proposals.choosing_first)
     if runs_backbone and normalization.takes(model):
         view = replaced(view, {Part("", "preprocess_image"): normalization.Preprocess(model)})
     return view
+
+
+def _keeping_anchors(model: nn.Module) -> nn.Module:
+    makers = {Part(name, "_grid_anchors"): anchors.Kept(each) for name, each in model.named_modules() if anchors.takes(each)}
+    return replaced(model, makers)
 
 
 def autocast(model: nn.Module, precision: Precision) -> nn.Module:
