@@ -87,7 +87,7 @@ def measured(way: str, model: str, size: str, folder: str, runs: int, device: st
     events = profile.key_averages()
     whole = sum(each.self_cpu_time_total for each in events)
     operators = {each.key: (each.self_cpu_time_total / whole, each.count) for each in events}
-    clock = Clock((lambda: None) if device == "cpu" else torch.cuda.synchronize)
+    clock = Clock((lambda: None) if device == "cpu" else lambda: torch.cuda.synchronize(device))
     watch(predictor.model, clock)
     rows = []
     for _ in range(runs):

@@ -226,7 +226,7 @@ def gemm_peak(dtype: str, device: str) -> float:
         torch.backends.cuda.matmul.allow_tf32 = True
         one, other = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
         multiply = lambda: torch.mm(one, other)  # noqa: E731
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device != "cpu" else lambda: None
     multiply()
     wait()
     times = []

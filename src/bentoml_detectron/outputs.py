@@ -17,12 +17,13 @@ from bentoml_detectron.forward import Output, chosen, scores_of
 from bentoml_detectron.masks import RLE
 from bentoml_detectron.options import Options
 from bentoml_detectron.results import VOID, Detections, PanopticSegmentation, Segment
+from bentoml_detectron.rle import checked_size
 
 MASK_THRESHOLD = 0.5
 """Of ROI masks, as in Detectron2's ``detector_postprocess``."""
 _MAX_VALUES = 1 << 24  # of semantic logits at an image's own size that are in memory at once
 
-_MAX_PASTED = 1 << 26  # pixels of bitmaps that are in memory at once; Detectron2 takes some 14 bytes for each
+_MAX_PASTED = 1 << 25  # pixels of bitmaps that are in memory at once; Detectron2 takes some 14 bytes for each
 
 
 class Names:
@@ -75,7 +76,8 @@ def detections(output: Output, size: tuple[int, int], wanted: Options, names: Na
     if output.proposals is not None:
         return _proposals(output.proposals, size)
     found = Instances(size, scores=torch.empty(0)) if output.instances is None else output.instances
-    instances = found.to("cpu")
+    rest = {name: value for name, value in found.get_fields().items() if name != "roi_masks"}  # these stay where they are
+    instances = Instances(found.image_size, **rest).to("cpu")
     masks = _rles(found if found.has("roi_masks") else instances, size)
     panoptic = None
     if output.combine is not None and labels is not None and masks is not None:
@@ -155,8 +157,12 @@ def pasted(roi_masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) 
         roi_masks: (N, M, M), probabilities.
         boxes: (N, 4), in pixels of the image.
         size: The image's height and width.
+
+    Raises:
+        InvalidArgumentError: The size is none, or too large.
     """
-    step = max(1, _MAX_PASTED // (size[0] * size[1]))
+    height, width = checked_size(size)
+    step = max(1, _MAX_PASTED // (height * width))
     some = ((roi_masks[start : start + step], boxes[start : start + step]) for start in range(0, len(boxes), step))
     return [rle for each in some for rle in rle_masks.from_bitmaps(paste_masks_in_image(*each, size, MASK_THRESHOLD))]
 

@@ -381,8 +381,12 @@ class TestAutocast:
             patch.setattr(eager, "autocast", autocast)
             engines.autocast(model, "bf16")
         layers = [each for graph in graphs for each in graph.modules()]
-        assert {each.weight.dtype for each in layers if isinstance(each, (nn.Conv2d, nn.Linear))} == {torch.bfloat16}
-        assert {each.weight.dtype for each in layers if isinstance(each, nn.GroupNorm)} == {torch.float32}
+        for kind, dtype in (
+            (nn.Conv2d, torch.bfloat16), (nn.ConvTranspose2d, torch.bfloat16), (nn.Linear, torch.bfloat16),
+            (nn.GroupNorm, torch.float32),
+        ):  # fmt: skip
+            own = [value for each in layers if isinstance(each, kind) for value in each.parameters(recurse=False)]
+            assert {value.dtype for value in own} == {dtype}, kind
         assert {each.dtype for each in model.parameters()} == {torch.float32}
 
     @pytest.mark.parametrize("precision", engines.HALVES)

@@ -38,12 +38,39 @@ def layout(weight: torch.Tensor) -> bytes:
     return torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
 
 
-def test_a_size_that_comes_again_gets_the_layout_of_its_own():
+def test_a_size_gets_what_one_about_as_large_has_until_it_comes_again():
+    pack = Counting()
+    packed = Packed(pack, None, 3)
+    first, alike = size(50, 68), size(50, 67)
+    given = packed.of(first)
+    assert pack.sizes == [first]
+    assert packed.of(alike) is given
+    assert pack.sizes == [first]
+    assert layout(packed.of(alike)) == layout(Counting()(alike))
+    assert pack.sizes == [first, alike]
+    packed.of(alike)
+    assert pack.sizes == [first, alike]
+
+
+def test_a_size_of_which_nothing_is_near_gets_its_own_at_once():
     pack = Counting()
     packed = Packed(pack, None, 3)
     for each in (size(200, 272), size(5, 6), size(13, 17)):
-        packed.of(each)
-        assert layout(packed.of(each)) == layout(pack(each))
+        assert layout(packed.of(each)) == layout(Counting()(each))
+    assert len(pack.sizes) == 3
+
+
+def test_of_too_many_layouts_the_one_that_rested_longest_goes():
+    """As those of the image of noise that parts are tried with; these sizes want one each, or they could not be told apart."""
+    large, small = size(200, 272), size(5, 6)
+    if layout(Counting()(large)) == layout(Counting()(small)):
+        pytest.skip("this processor wants one layout for all sizes")
+    pack = Counting()
+    packed = Packed(pack, None, 1)
+    for each in (small, large, large, small):
+        assert layout(packed.of(each)) == layout(Counting()(each))
+        assert len(packed._layouts) == 1
+    assert pack.sizes == [small, large, small]
 
 
 def test_many_sizes_are_packed_as_often_as_they_double():
@@ -64,15 +91,23 @@ def test_plain_weights_serve_what_never_came_before_and_what_is_too_much():
     assert pack.sizes == [size(5, 6)]
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=12))
-def test_any_sizes_in_any_order_give_the_same_numbers(sizes):
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=8),
+    st.sampled_from([0, 100]),
+    st.sampled_from([1, 3]),
+)
+def test_any_sizes_in_any_order_give_the_same_numbers(sizes, zero, window):
+    """Also where zero is another integer, for which oneDNN keeps sums beside the weights."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(CHANNELS, MORE, 1, bias=False)
-    one = int8.Convolution(conv, Range(0.0, 255.0), None, torch.float32, int8.largest_weight())
+    conv = nn.Conv2d(CHANNELS, 96, window, padding=window // 2)
+
+    def made():
+        return int8.Convolution(conv, Range(-float(zero), 255.0 - zero), None, torch.float32, int8.largest_weight())
+
+    one = made()
     for batch, *shape in sizes + sizes:
         values = torch.randint(0, 255, (batch, CHANNELS, *shape), dtype=torch.uint8).to(memory_format=torch.channels_last)
-        x = Quantized(values, 1.0, 0)
-        fresh = int8.Convolution(conv, Range(0.0, 255.0), None, torch.float32, int8.largest_weight())
-        assert torch.equal(one(x, False, None), fresh(x, False, None))
-    assert len(one._packed._layouts) <= 3
+        x = Quantized(values, 1.0, zero)
+        assert torch.equal(one(x, False, None), made()(x, False, None))
+    assert len(one._packed._layouts) <= int8._LAYOUTS
