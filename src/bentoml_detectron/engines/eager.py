@@ -48,7 +48,7 @@ def autocast(graph: Graph, device_type: str, dtype: torch.dtype) -> Run:
     """Runs a graph channels-last under PyTorch's autocast: in 16 bits what gains by it, in float32 what that would harm.
 
     Args:
-        graph: Of tensors, in float32; it is changed.
+        graph: Of tensors, in float32; it is changed, and the weights of what computes in 16 bits become so.
         device_type: Of the device that it is on, such as "cuda".
         dtype: bfloat16 or float16.
     """
