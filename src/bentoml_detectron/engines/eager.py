@@ -9,7 +9,7 @@ import detectron2.layers
 import torch
 from torch import nn
 
-from bentoml_detectron.engines import fusion, int8
+from bentoml_detectron.engines import fusion, int8, winograd
 from bentoml_detectron.engines.graph import Graph
 from bentoml_detectron.engines.quantized import Quantized
 
@@ -34,6 +34,8 @@ def compiled(
     graph = graph.eval()
     if fusion.is_there():
         fusion.fuse(graph)
+        if dtype == torch.float32:
+            winograd.speed_up(graph)
     if calibration is not None:
         int8.quantize_convolutions(graph.module, graph.place, calibration, dtype, chained, keeps)
     graph = graph.to(dtype).to(memory_format=torch.channels_last)

@@ -23,6 +23,7 @@ from bentoml_detectron.engines.quantized import Quantized, mapped
 
 Computes: TypeAlias = Callable[[Any, bool, Any], Any]
 """Computes a convolution of its first argument, rectified or not, plus the third, which may be overwritten."""
+CONVOLUTIONS = (Conv2d, nn.Conv2d)
 _COMPUTES, _PACKED = "_computes", "_packed"  # attributes of convolutions
 _LAYOUTS = 2
 """Of a convolution's weights that are kept beside the plain ones."""
@@ -64,7 +65,7 @@ def fuse(module: nn.Module) -> nn.Module:
         elif type(each) is Conv2d and isinstance(each.activation, nn.ReLU) and is_convolution(each):
             each.forward = partial(convolved, each, relu=True)
     for each in module.modules():
-        if type(each) in (nn.Conv2d, Conv2d) and not is_fused(each):
+        if type(each) in CONVOLUTIONS and not is_fused(each):
             _keep_from_one_column(each)
     return module
 
@@ -170,7 +171,7 @@ def _predict_before_enlarging(deconv: Any, relu: Any, predictor: Any) -> None:
 def is_convolution(module: Any) -> bool:
     """Whether it is a convolution over zeros, with nothing between it and its activation."""
     return (
-        type(module) in (Conv2d, nn.Conv2d)
+        type(module) in CONVOLUTIONS
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and getattr(module, "norm", None) is None
