@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not fusion.is_there(), reason="this PyTorch has 
 def _any_size(monkeypatch):
     """Small maps are taken, and a strip has few rows."""
     monkeypatch.setattr(winograd, "_LEAST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "_LEAST_OPERATIONS", 1)
+    monkeypatch.setattr(winograd, "_LEAST_PIXELS", 1)
     monkeypatch.setattr(winograd, "_BYTES", 20_000)
 
 
@@ -124,7 +124,7 @@ def test_what_is_added_is_added():
 
 
 def test_small_ones_stay(monkeypatch):
-    """There the calls themselves would take as long."""
-    monkeypatch.setattr(winograd, "_LEAST_OPERATIONS", 1e9)
+    """Their weights would take more memory than that is worth."""
+    monkeypatch.setattr(winograd, "_LEAST_PIXELS", 271)
     conv = nn.Conv2d(4, 4, 3, padding=1)
     assert len(windows(sped_up(conv), pixels(1, 4, 30, 9))) == 1

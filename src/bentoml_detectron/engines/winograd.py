@@ -29,7 +29,8 @@ _TALL, _LOW = 6, 5
 _LOW_MAP = 15
 _LEAST_CHANNELS = 128
 """With fewer, the matrices cost what is gained."""
-_LEAST_OPERATIONS = 1e9  # below, the calls themselves take as long
+_LEAST_PIXELS = 1024
+"""Of a batch; of fewer, little is gained for weights that are more than twice as large."""
 _MOST_SHARE = 0.75  # of the products; maps of few rows have more in the last rows' place
 _WINDOW = ((0, 1), (1, 1), (1, 1))
 """Padding, strides and dilation of the products."""
@@ -107,7 +108,7 @@ class Convolution:
         if x.dtype != torch.float32 or x.ndim != 4 or not x.numel():
             return False
         share = (rows + 2) * -(-x.shape[2] // rows) / (3 * x.shape[2])
-        return share <= _MOST_SHARE and 2 * x[:, 0].numel() * self._conv.weight.numel() >= _LEAST_OPERATIONS
+        return share <= _MOST_SHARE and x[:, 0].numel() >= _LEAST_PIXELS
 
     def _some(self, lines: torch.Tensor, rows: int, width: int) -> torch.Tensor:
         """Some rows of the output, (rows, images, tiles, W * channels), of lines, (images, tiles * rows + 2, W * channels)."""
