@@ -19,7 +19,7 @@ from torch import nn
 
 from bentoml_detectron import demo, engines, fastest
 from bentoml_detectron.artifact import config
-from bentoml_detectron.engines import anchors, eager, normalization, parts, proposals, structure
+from bentoml_detectron.engines import anchors, eager, normalization, parts, proposals, structure, winograd
 from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.predictor import Predictor, on_device
@@ -115,7 +115,12 @@ def test_all_parts_of_a_mask_rcnn_are_replaced(precision):
     assert isinstance(fast.proposal_generator, proposals.ChoosingFirst)
 
 
-def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predictor):
+@pytest.mark.parametrize("by_winograd", [False, True], ids=["as it is", "all of its 3x3 convolutions by fewer products"])
+def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predictor, by_winograd, monkeypatch):
+    """Its own convolutions are too small to be computed by fewer products; those of the zoo's models are large enough."""
+    if by_winograd:
+        monkeypatch.setattr(winograd, "_LEAST_CHANNELS", 1)
+        monkeypatch.setattr(winograd, "_LEAST_PIXELS", 1)
     model = engines.accelerated(demo_predictor.model, "fp32")
     predictor = Predictor(model, config.input_of(demo_predictor.cfg), config.dataset_of(demo_predictor.cfg))
     for path in demo.images():

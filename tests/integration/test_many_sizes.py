@@ -22,7 +22,7 @@ import psutil, torch
 sys.path.insert(0, sys.argv[2])
 from bentoml_detectron import engines
 from bentoml_detectron.artifact.manifest import Input
-from bentoml_detectron.engines import fusion, int8, packed
+from bentoml_detectron.engines import fusion, int8, packed, winograd
 from bentoml_detectron.engines.graph import Graph
 from bentoml_detectron.predictor import Predictor
 from support import built, picture, tiny_cfg
@@ -35,7 +35,8 @@ class Noted(packed.Packed):
         super().__init__(*arguments)
         weights.append(self)
 
-fusion.Packed = int8.Packed = Noted
+fusion.Packed = int8.Packed = winograd.Packed = Noted
+winograd._LEAST_CHANNELS, winograd._LEAST_PIXELS = 8, 1  # the model's maps are small
 model, own = built(tiny_cfg()), Input(format="BGR", min_size_test=0, max_size_test=0)
 calibration = None
 if sys.argv[1] == "int8":

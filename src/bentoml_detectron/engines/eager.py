@@ -34,7 +34,7 @@ def compiled(
     graph = graph.eval()
     if fusion.is_there():
         fusion.fuse(graph)
-        if dtype == torch.float32:
+        if dtype == torch.float32 and calibration is None:
             winograd.speed_up(graph)
     if calibration is not None:
         int8.quantize_convolutions(graph.module, graph.place, calibration, dtype, chained, keeps)

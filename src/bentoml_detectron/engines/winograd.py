@@ -34,7 +34,7 @@ _LEAST_PIXELS = 1024
 _MOST_SHARE = 0.75  # of the products; maps of few rows have more in the last rows' place
 _WINDOW = ((0, 1), (1, 1), (1, 1))
 """Padding, strides and dilation of the products."""
-_BYTES = 16 << 20
+_BYTES = 8 << 20
 """Of rows that are between matrices and products, a few times which the processor's cache should hold."""
 _LAYOUTS = 2
 """Of weights that are kept."""
@@ -133,9 +133,9 @@ class Convolution:
         return y.permute(0, 2, 3, 1)
 
     def _pack(self, row: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        weight = torch.tensordot(self._conv.weight.detach().double(), row, ([2], [0])).float()[:, :, None]
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        packed: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *_WINDOW, 1, list(size))
+        weight = self._conv.weight.detach()
+        factor = sum(weight[:, :, line : line + 1] * value for line, value in enumerate(row.tolist()))
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_convolution_weight(factor, *_WINDOW, 1, list(size))
         return packed
 
 
