@@ -3,7 +3,7 @@
 As in Lavin and Gray 2015 (arXiv:1509.09308), but along the rows alone: of m + 2 rows of the input, m rows of the output follow
 by m + 2 products in place of 3 m. A product is a convolution with a window of 1x3, which oneDNN has kernels for; before and
 after them whole rows are multiplied by small matrices. Along both directions there would be a fourth of the products, more
-passes over memory, and a larger error; along one it is about three times that of the convolution itself, in float32. In
+passes over memory, and a larger error; along one it is some three to five times that of the convolution itself, in float32. In
 bfloat16 factors and products would be rounded to 8 bits once more.
 """
 
@@ -36,8 +36,8 @@ _WINDOW = ((0, 1), (1, 1), (1, 1))
 """Padding, strides and dilation of the products."""
 _BYTES = 8 << 20
 """Of rows that are between matrices and products, a few times which the processor's cache should hold."""
-_LAYOUTS = 2
-"""Of weights that are kept."""
+_LAYOUTS = 3
+"""Of weights that are kept, each a copy: an RPN's head wants more, and has some packed again at each image."""
 
 
 def speed_up(module: nn.Module) -> None:
