@@ -19,7 +19,7 @@ from torch import nn
 
 from bentoml_detectron import demo, engines, fastest
 from bentoml_detectron.artifact import config
-from bentoml_detectron.engines import anchors, eager, normalization, parts, proposals, structure, winograd
+from bentoml_detectron.engines import anchors, eager, fusion, normalization, parts, proposals, structure, winograd
 from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.predictor import Predictor, on_device
@@ -118,6 +118,8 @@ def test_all_parts_of_a_mask_rcnn_are_replaced(precision):
 @pytest.mark.parametrize("by_winograd", [False, True], ids=["as it is", "all of its 3x3 convolutions by fewer products"])
 def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predictor, by_winograd, monkeypatch):
     """Its own convolutions are too small to be computed by fewer products; those of the zoo's models are large enough."""
+    computed, product = [], winograd.Convolution._product
+    monkeypatch.setattr(winograd.Convolution, "_product", lambda *given: computed.append(given) or product(*given))
     if by_winograd:
         monkeypatch.setattr(winograd, "_LEAST_CHANNELS", 1)
         monkeypatch.setattr(winograd, "_LEAST_PIXELS", 1)
@@ -129,6 +131,7 @@ def test_fp32_finds_in_the_demo_images_what_default_predictor_finds(demo_predict
         assert found.class_ids.tolist() == due.pred_classes.tolist()
         assert np.abs(found.boxes - due.pred_boxes.tensor.numpy()).max(initial=0) < 0.05
         assert np.abs(found.scores - due.scores.numpy()).max(initial=0) < 1e-3
+    assert bool(computed) == (by_winograd and fusion.is_there())
 
 
 @every_precision

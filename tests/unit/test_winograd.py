@@ -128,3 +128,12 @@ def test_small_ones_stay(monkeypatch):
     monkeypatch.setattr(winograd, "_LEAST_PIXELS", 271)
     conv = nn.Conv2d(4, 4, 3, padding=1)
     assert len(windows(sped_up(conv), pixels(1, 4, 30, 9))) == 1
+
+
+def test_it_computes_after_inference_mode_too():
+    winograd._matrices.cache_clear()
+    conv, x = nn.Conv2d(4, 4, 3, padding=1), pixels(1, 4, 20, 9)
+    with torch.inference_mode():
+        winograd.Convolution(conv)(x, False, None)
+    found = winograd.Convolution(conv)(x.requires_grad_(), False, None)
+    torch.testing.assert_close(found, conv(x), atol=1e-5, rtol=1e-4)

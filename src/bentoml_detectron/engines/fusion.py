@@ -24,6 +24,7 @@ from bentoml_detectron.engines.quantized import Quantized, mapped
 Computes: TypeAlias = Callable[[Any, bool, Any], Any]
 """Computes a convolution of its first argument, rectified or not, plus the third, which may be overwritten."""
 CONVOLUTIONS = (Conv2d, nn.Conv2d)
+"""Detectron2's and PyTorch's; subclasses may compute something else."""
 _COMPUTES, _PACKED = "_computes", "_packed"  # attributes of convolutions
 _LAYOUTS = 2
 """Of a convolution's weights that are kept beside the plain ones."""
@@ -252,12 +253,16 @@ def _keep_from_one_column(conv: Any) -> None:
             result: torch.Tensor = own(x)
             return result
         how = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        y = _first_column(functional.conv2d(_with_another(conv, x), conv.weight, conv.bias, *how))
-        for then in (getattr(conv, "norm", None), getattr(conv, "activation", None)):
-            y = y if then is None else then(y)
-        return y
+        return followed(conv, _first_column(functional.conv2d(_with_another(conv, x), conv.weight, conv.bias, *how)))
 
     conv.forward = forward
+
+
+def followed(conv: Any, y: torch.Tensor) -> torch.Tensor:
+    """What Detectron2's convolution makes of what it has computed: its norm and its activation, if it has these."""
+    for then in (getattr(conv, "norm", None), getattr(conv, "activation", None)):
+        y = y if then is None else then(y)
+    return y
 
 
 def _residual(block: Any, first: tuple[Any, ...], last: Any, owns: bool, x: Any) -> Any:

@@ -14,6 +14,10 @@ Pack: TypeAlias = Callable[[torch.Size], torch.Tensor]
 _SIZES = 64
 """Sizes of inputs that are kept in mind, the last ones that were new."""
 _PLAIN = b""  # stands for the layout of plain weights
+_UNSET = slice(108, 112)
+"""Bytes of oneDNN's description of a layout (``dnnl_memory_desc``) that nothing sets, before ``padded_dims``:
+they differ where layouts do not. Should another version have something there, layouts that differ would be taken for the same,
+and kernels that want the other put weights in order themselves."""
 _NEAR = 2.0
 """An input of at most so many times as many pixels as another, or the other way around, most probably wants the same layout."""
 
@@ -22,7 +26,7 @@ class Packed:
     """The weights of a convolution that does not change any more; threads may share them.
 
     Which layout a kernel takes depends on the size of its input, and to give it another's can be many times slower than the
-    convolution. The sizes that an image has in a network want one or two, those of many images together dozens; so only a few
+    convolution. The sizes that an image has in a network want one or two, those of many images together more; so only a few
     are kept. A size gets its own when it comes for the second time, or at once where there is nothing that will do meanwhile.
 
     Args:
@@ -58,7 +62,7 @@ class Packed:
 
     def _packed(self, size: torch.Size) -> bytes:
         weight = self._pack(size)
-        layout: bytes = torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes()
+        layout = layout_of(weight)
         if layout not in self._layouts and len(self._layouts) >= self._most:
             if self._plain is not None:
                 return _PLAIN
@@ -76,6 +80,13 @@ class Packed:
                   for other, layout in self._sizes.items() if layout is not None}  # fmt: skip
         nearest = min(ratios, key=lambda other: ratios[other], default=None)
         return None if nearest is None or ratios[nearest] > _NEAR else self._sizes[nearest]
+
+
+def layout_of(weight: torch.Tensor) -> bytes:
+    """What tells the layout of a packed weight from others."""
+    described = bytearray(torch.ops.mkldnn._get_mkldnn_serialized_md(weight).numpy().tobytes())
+    described[_UNSET] = bytes(_UNSET.stop - _UNSET.start)
+    return bytes(described)
 
 
 def _pixels(size: torch.Size) -> int:

@@ -3,8 +3,8 @@
 As in Lavin and Gray 2015 (arXiv:1509.09308), but along the rows alone: of m + 2 rows of the input, m rows of the output follow
 by m + 2 products in place of 3 m. A product is a convolution with a window of 1x3, which oneDNN has kernels for; before and
 after them whole rows are multiplied by small matrices. Along both directions there would be a fourth of the products, more
-passes over memory, and a larger error; along one it is some three to five times that of the convolution itself, in float32. In
-bfloat16 factors and products would be rounded to 8 bits once more.
+passes over memory, and a larger error; along one, in float32, it is about three times that of the convolution itself, where
+values are alike. In bfloat16 factors and products would be rounded to 8 bits once more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WINDOW = ((0, 1), (1, 1), (1, 1))
 _BYTES = 8 << 20
 """Of rows that are between matrices and products, a few times which the processor's cache should hold."""
 _LAYOUTS = 3
-"""Of weights that are kept, each a copy: an RPN's head wants more, and has some packed again at each image."""
+"""Of weights that are kept, each a copy; the maps of an RPN's head want as many on a processor with AVX2."""
 
 
 def speed_up(module: nn.Module) -> None:
@@ -63,11 +63,8 @@ def _takes(conv: Any) -> bool:
 
 
 def _forward(conv: Any, x: torch.Tensor) -> torch.Tensor:
-    """As a convolution's ``forward``, Detectron2's with what follows it included."""
-    y: torch.Tensor = fusion.convolved(conv, x)
-    for then in (getattr(conv, "norm", None), getattr(conv, "activation", None)):
-        y = y if then is None else then(y)
-    return y
+    """As a convolution's ``forward``."""
+    return fusion.followed(conv, fusion.convolved(conv, x))
 
 
 class Convolution:
@@ -82,7 +79,16 @@ class Convolution:
         self._weights: dict[int, list[Packed]] = {}  # by the rows that are computed together
 
     def __call__(self, x: torch.Tensor, relu: bool, add: torch.Tensor | None) -> torch.Tensor:
-        """The convolution; what is added gets the result."""
+        """Computes it; small maps, and what is added to, by the convolution itself.
+
+        Args:
+            x: (N, C, H, W).
+            relu: Whether the result is rectified.
+            add: What is added, of the result's shape, which gets the result.
+
+        Returns:
+            (N, channels, H, W), channels-last.
+        """
         rows = _TALL if x.shape[2] > _LOW_MAP else _LOW
         if add is not None or not self._gains(x, rows):
             return fusion.in_floats(self._conv, x, relu, add)
@@ -148,6 +154,7 @@ def _with_zeros(lines: torch.Tensor, start: int, end: int) -> torch.Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # or what is made by the first call in that mode could be used in no other
 def _matrices(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Those of products to rows of the output, of rows of the window to factors, and of rows of the input to factors.
 
