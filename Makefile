@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 help:
 	@echo "make demo       save, load and run the demo model; writes demo.png"
 	@echo "make test       all tests, against the installed wheel"
-	@echo "make test-fast  the tests that take no longer than a minute together"
+	@echo "make test-fast  tests/unit and tests/security, those without servers: less than a minute"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make check      ruff, mypy, import contracts"
 	@echo "make bench      the benchmarks that the documents quote"
@@ -59,7 +59,7 @@ chromium:
 
 test-fast: .venv/.wheel
 	@echo "== Running the fast tests"
-	@$(PYTEST) -m "not slow" tests
+	@$(PYTEST) -m "not slow" tests/unit tests/security
 
 # Their own process and no hidden devices: for a machine with a GPU.
 test-gpu: .venv/.wheel

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import bentoml
@@ -28,6 +28,7 @@ from bentoml_detectron.service.apart import Apart
 from bentoml_detectron.service.engine import Engine
 from support import built
 
+pytestmark = pytest.mark.slow  # each process imports PyTorch
 IMAGES = [path.read_bytes() for path in demo.images()[:3]]
 ORPHAN = """
 import sys
@@ -53,8 +54,8 @@ def odd_model() -> bentoml.Model:
 
 
 @contextmanager
-def started(model: bentoml.Model) -> Iterator[Apart]:
-    found = apart.start(model, Settings(trusted=("odd",)), 1)
+def started(model: bentoml.Model, share: Callable[[int], int] = lambda batch: 1) -> Iterator[Apart]:
+    found = apart.start(model, Settings(trusted=("odd",)), 1, share)
     try:
         yield found
     finally:
@@ -166,11 +167,10 @@ def test_end_of_the_process_is_said(how, why, odd_model):
             run(found, odd.ENDS if how == "ends" else 50)
 
 
-def test_signals_for_the_worker_do_not_end_the_model_before_it(odd_model):
-    with started(odd_model) as found:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            os.kill(found._process.pid, each)
-        assert len(run(found, 50)[0]) == 1
+def test_signals_for_the_worker_do_not_end_the_model_before_it(oddly):
+    for each in (signal.SIGINT, signal.SIGTERM):
+        os.kill(oddly._process.pid, each)
+    assert len(run(oddly, 50)[0]) == 1
 
 
 def test_close_ends_the_process(odd_model):
@@ -238,17 +238,15 @@ def test_engine_loads_a_model_again_whose_process_has_ended(digits):
     until(lambda: not any(psutil.pid_exists(each._process.pid) for each in made), 10)
 
 
-@pytest.mark.parametrize(("share", "threads"), [(1, 2), (2, 1), (3, 1)])
-def test_batch_has_its_share_of_the_threads(odd_model, monkeypatch, share, threads):
+def test_batch_has_its_share_of_the_threads_and_two_instances_are_worth_two(odd_model, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    found = apart.start(odd_model, Settings(trusted=("odd",)), 1, lambda batch: share)
-    try:
-        assert counted(run(found, odd.COUNTS_THREADS)) == threads
-    finally:
-        found.close()
+    shares = iter([1, 2, 3])
+    with started(odd_model, lambda batch: next(shares)) as found:
+        assert [counted(run(found, odd.COUNTS_THREADS)) for _ in range(3)] == [2, 1, 1]
+        assert found.instances == 2
 
 
-@pytest.mark.parametrize(("threads", "instances"), [(1, 1), (2, 2), (16, 2)])
+@pytest.mark.parametrize(("threads", "instances"), [(1, 1), (16, 2)])
 def test_two_instances_are_worth_it_where_each_has_a_thread(odd_model, monkeypatch, threads, instances):
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     with started(odd_model) as found:

@@ -18,6 +18,7 @@ from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.service.engine import Engine
 
+pytestmark = pytest.mark.slow  # its batches take a second
 IMAGE = demo.images()[3].read_bytes()
 DIGITS = Dataset(name="digits", thing_classes=[str(digit) for digit in range(10)])
 BATCH_SECONDS = 1.0

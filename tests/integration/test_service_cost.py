@@ -33,6 +33,7 @@ from bentoml_detectron.service.front import Front, Settings, Worker
 from bentoml_detectron.service.life import give_back_at_rest
 from bentoml_detectron.service.middlewares import Deadline
 
+pytestmark = pytest.mark.slow  # each service's model imports PyTorch in a process of its own
 IMAGE = demo.images()[3].read_bytes()
 CORS = {"enabled": True, "access_control_allow_origins": "http://page.test", "access_control_allow_headers": "authorization"}
 
@@ -42,9 +43,9 @@ def saved(demo_predictor) -> bentoml.Model:
     return bentoml.detectron.save_model("cost", demo_predictor)
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    """A process has one service: its configuration and its metrics stay. Here, both go with the test."""
+@contextmanager
+def fresh() -> Iterator[None]:
+    """A process has one service: its configuration and its metrics stay. Here, both go."""
     before, collectors = copy.deepcopy(BentoMLContainer.config.get()), set(REGISTRY._collector_to_names)
     BentoMLContainer.access_control_options._cache = sentinel
     yield
@@ -52,6 +53,12 @@ def _fresh() -> Iterator[None]:
     BentoMLContainer.access_control_options._cache = sentinel
     for collector in set(REGISTRY._collector_to_names) - collectors:
         REGISTRY.unregister(collector)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    with fresh():
+        yield
 
 
 @contextmanager
@@ -232,62 +239,88 @@ def test_spans_are_made_where_they_are_exported(exporter, saved):
     assert (len(found) > 1) == (exporter is not None)
 
 
-@pytest.fixture
-def full(saved, caplog) -> Iterator[TestClient]:
-    """A client of a service where no request may wait."""
-    caplog.set_level(logging.INFO, "bentoml.access")
-    with served(saved, http={"cors": CORS}, settings=Settings(token="secret", max_queue=0)) as client:
-        caplog.clear()
-        yield client
-
-
 def told(caplog) -> list[str]:
     return [each.getMessage() for each in caplog.records if each.name == "bentoml.access"]
 
 
-@pytest.mark.parametrize("path", ["/predict", "/render"])
-def test_refusal_of_a_full_queue_is_a_whole_answer_though_it_is_short_of_middlewares(path, full):
-    asked = {"authorization": "Bearer secret", "origin": "http://page.test"}
-    answer = full.post(path, files={"image": IMAGE}, headers=asked)
-    assert (answer.status_code, "wait already" in answer.json()["error"]) == (503, True)
-    assert int(answer.headers["retry-after"]) >= 1
-    assert "total;dur=" in answer.headers["server-timing"]
-    assert answer.headers["access-control-allow-origin"] == "http://page.test"
+def counted(pattern: str) -> float:
+    """The value of the one metric whose line begins so; 0 where there is none."""
+    found = re.search(rf"^{pattern} ([\d.]+)$", generate_latest(REGISTRY).decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
-def test_refusals_of_a_full_queue_are_counted_and_logged_together(full, caplog):
-    asked = {"authorization": "Bearer secret"}
-    assert [full.post("/predict", files={"image": IMAGE}, headers=asked).status_code for _ in range(5)] == [503] * 5
-    deadline = time.monotonic() + 10
-    while sum(int(line.partition(" requests were refused within a second")[0]) for line in told(caplog)) < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert len(told(caplog)) < 5
-    metrics = generate_latest(REGISTRY).decode()
-    assert 'detectron_refused_requests_total{reason="OverloadedError",status="503"} 5.0' in metrics
-    assert re.search(r'bentoml_service_request_total\{endpoint="/predict",http_response_code="503",.*\} 5\.0', metrics)
+@pytest.fixture(scope="class")
+def without_room(saved) -> Iterator[TestClient]:
+    """A client of a service where no request may wait."""
+    with fresh(), served(saved, http={"cors": CORS}, settings=Settings(token="secret", max_queue=0)) as client:
+        yield client
 
 
-def test_full_queue_is_told_to_none_without_the_token_and_hinders_no_other_path(full, caplog):
-    bearer = {"authorization": "Bearer secret"}
-    assert full.post("/predict", files={"image": IMAGE}).status_code == 401
-    assert full.get("/predict", headers=bearer).status_code == 405
-    assert full.get("/info", headers=bearer).status_code == 200
-    assert full.get("/readyz").status_code == 200
-    assert [line.partition("status=")[2][:3] for line in told(caplog) if "readyz" not in line] == ["401", "405", "200"]
+@pytest.fixture
+def full(without_room, caplog) -> TestClient:
+    caplog.set_level(logging.INFO, "bentoml.access")
+    caplog.clear()
+    return without_room
 
 
-def test_framing_is_looked_at_though_the_queue_is_full(full):
-    headers = {"authorization": "Bearer secret", "content-length": "4", "transfer-encoding": "chunked"}
-    assert full.post("/predict", content=b"0\r\n\r\n", headers=headers).status_code == 400
+class TestFullQueue:
+    @pytest.mark.parametrize("path", ["/predict", "/render"])
+    def test_refusal_is_a_whole_answer_though_it_is_short_of_middlewares(self, path, full):
+        asked = {"authorization": "Bearer secret", "origin": "http://page.test"}
+        answer = full.post(path, files={"image": IMAGE}, headers=asked)
+        assert (answer.status_code, "wait already" in answer.json()["error"]) == (503, True)
+        assert int(answer.headers["retry-after"]) >= 1
+        assert "total;dur=" in answer.headers["server-timing"]
+        assert answer.headers["access-control-allow-origin"] == "http://page.test"
+
+    def test_refusals_are_counted_and_logged_together(self, full, caplog):
+        of_ours = r'detectron_refused_requests_total\{reason="OverloadedError",status="503"\}'
+        of_bentoml = r'bentoml_service_request_total\{endpoint="/predict",http_response_code="503",.*\}'
+
+        def told_of() -> int:
+            return sum(int(line.partition(" requests were refused within a second")[0]) for line in refusals())
+
+        def refusals() -> list[str]:
+            return [line for line in told(caplog) if "were refused" in line]
+
+        def ask(count: int) -> None:
+            for _ in range(count):
+                answer = full.post("/predict", files={"image": IMAGE}, headers={"authorization": "Bearer secret"})
+                assert answer.status_code == 503
+
+        ask(1)  # begins a second of the log, in which those of the tests before may be told, too
+        until = time.monotonic() + 10
+        while not refusals():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        caplog.clear()
+        before = counted(of_ours), counted(of_bentoml)
+        ask(5)
+        while told_of() < 5:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert len(told(caplog)) < 5
+        assert (counted(of_ours), counted(of_bentoml)) == (before[0] + 5, before[1] + 5)
+
+    def test_it_is_told_to_none_without_the_token_and_hinders_no_other_path(self, full, caplog):
+        bearer = {"authorization": "Bearer secret"}
+        assert full.post("/predict", files={"image": IMAGE}).status_code == 401
+        assert full.get("/predict", headers=bearer).status_code == 405
+        assert full.get("/info", headers=bearer).status_code == 200
+        assert full.get("/readyz").status_code == 200
+        statuses = [line.partition("status=")[2][:3] for line in told(caplog) if "status=" in line and "readyz" not in line]
+        assert statuses == ["401", "405", "200"]
+
+    def test_framing_is_looked_at_all_the_same(self, full):
+        headers = {"authorization": "Bearer secret", "content-length": "4", "transfer-encoding": "chunked"}
+        assert full.post("/predict", content=b"0\r\n\r\n", headers=headers).status_code == 400
 
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 @pytest.mark.parametrize("exporter", [None, "in_memory"])
-@pytest.mark.parametrize("sampled", ["00", "01"])
-def test_log_has_the_callers_trace_and_a_span_of_its_own(exporter, sampled, saved, caplog):
+def test_log_has_the_callers_trace_and_a_span_of_its_own(exporter, saved, caplog):
     """Whether a span is made for the exporter or not."""
     found = []
 
@@ -302,15 +335,16 @@ def test_log_has_the_callers_trace_and_a_span_of_its_own(exporter, sampled, save
     with served(saved, tracing={"exporter_type": exporter}) as client:
         logger.addFilter(keep := Keep())
         try:
-            client.get("/info", headers={"traceparent": f"00-{TRACE}-{SPAN}-{sampled}"})
+            for sampled in ("00", "01"):
+                client.get("/info", headers={"traceparent": f"00-{TRACE}-{SPAN}-{sampled}"})
             client.get("/info")
             client.get("/info")
         finally:
             logger.removeFilter(keep)
     ids = [re.search(r"trace=(\w+),span=(\w+),sampled=(\d)", each).groups() for each in found]
-    assert (ids[0][0], ids[0][2]) == (TRACE, sampled[1])
+    assert [(trace, sampled) for trace, _, sampled in ids[:2]] == [(TRACE, "0"), (TRACE, "1")]
     assert len({trace for trace, _, _ in ids}) == 3
-    assert len({SPAN, *(span for _, span, _ in ids)}) == 4
+    assert len({SPAN, *(span for _, span, _ in ids)}) == 5
 
 
 def test_refused_image_is_not_kept_by_its_error(saved):

@@ -261,6 +261,7 @@ def test_config_whose_sections_are_none(forged, cfg):
     refused(forged, errors.InvalidModelError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [

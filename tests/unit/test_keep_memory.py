@@ -22,6 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.slow
 def test_memory_that_was_freed_is_used_again_without_new_pages():
     """64 MB are 16,384 pages of 4 KB, or 32 of 2 MB; each new one is a fault."""
     kept, faults = run_python(FAULTS).stdout.split()
@@ -29,6 +30,7 @@ def test_memory_that_was_freed_is_used_again_without_new_pages():
     assert int(faults) < 16
 
 
+@pytest.mark.slow
 def test_environment_leaves_the_c_library_as_it_is():
     kept, faults = run_python(FAULTS, BENTOML_DETECTRON_KEEP_MEMORY="0").stdout.split()
     assert kept == "False"

@@ -108,6 +108,7 @@ def test_there_are_zoo_configs():
 
 
 @pytest.mark.parametrize("name", ZOO)
+@pytest.mark.slow
 def test_zoo_model_is_built_again_from_plain_data(name):
     """The same modules, in names and shapes of their state, as Detectron2's own instantiate builds."""
     cfg = zoo(name)

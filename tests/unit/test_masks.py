@@ -234,6 +234,7 @@ def test_unfit_arguments_are_named(wrong, message):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_100_masks_at_3840_x_2160_take_less_than_64_mb():
     """Their bitmaps would take 829 MB. Masks all at the threshold, sampled everywhere, count too."""
     code = """

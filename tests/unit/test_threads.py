@@ -39,6 +39,7 @@ def test_what_the_user_has_decided_stays(monkeypatch, name):
     assert of_service() == {}
 
 
+@pytest.mark.slow
 def test_commands_have_it_before_pytorch_is_there():
     code = (
         "import os, sys\n"
