@@ -67,9 +67,6 @@ def verify(
         InvalidArgumentError: (``ValueError``) `bento_model` is no tag.
         UnknownDeviceError: (``ValueError``) PyTorch has no such device here.
     """
-    from bentoml_detectron.model import check_device
-
-    check_device(device_id)
     problems: list[str] = []
     notes: list[str] = []
     identical: bool | None = None
@@ -77,6 +74,10 @@ def verify(
         model = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
     except InvalidModelError as exc:
         return VerifyReport(str(bento_model), (_line(exc),), (), None)
+
+    from bentoml_detectron.model import check_device  # PyTorch, which takes seconds to import
+
+    check_device(device_id)
     try:
         if model.info.api_version != "v1" or (Path(model.path) / manifest.MANIFEST).exists():
             problems += _file_problems(Path(model.path))
