@@ -144,6 +144,7 @@ class Front:
         """Answers, or hands on; see ASGI's specification."""
         if scope["type"] == "lifespan":
             gate.install(scope.get("app"), self._paths, self, self._is_full)
+            gate.parse_by_h11(receive)
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self.app(scope, receive, send)
             return

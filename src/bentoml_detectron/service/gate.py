@@ -4,6 +4,7 @@
 - Each path that is asked for becomes a label of BentoML's metrics, and stays one, also that of a static file that is not there.
 - A request that has both a length and chunks may end elsewhere for a proxy than for the server, which would take what is behind
   it for another request.
+- Which parser of HTTP uvicorn takes depends on what else is installed.
 - Starlette's routes also match a path with a line end behind it, so that ``/predict%0a`` would pass by this package's
   middleware and reach BentoML's handler, which fetches URLs. The handlers are taken out.
 """
@@ -98,6 +99,24 @@ def install(router: Any, paths: Collection[str], front: App, is_full: Callable[[
         middlewares.make_lean(router.middleware_stack)
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
         router.middleware_stack = Gate(router.middleware_stack, router, paths, front, is_full)
+
+
+def parse_by_h11(receive: Any) -> None:
+    """Has uvicorn read requests by h11, by which it would where nothing has brought httptools along.
+
+    httptools makes a refusal cheaper, but sets no limit to the size of a head, and takes requests of two hosts or of none, and
+    bodies whose end is not clear (``tests/security/test_odd_http.py``). BentoML has no setting for it; uvicorn looks at its
+    configuration when it begins to listen, after the app's start.
+
+    Args:
+        receive: The lifespan's, as the server made it.
+    """
+    from uvicorn import Config
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    config = getattr(getattr(receive, "__self__", None), "config", None)
+    if isinstance(config, Config) and config.http == "auto":
+        config.http_protocol_class = H11Protocol
 
 
 def _is_static(route: BaseRoute) -> bool:
