@@ -1,9 +1,10 @@
 """What a worker spends on one request beside the model, from the multipart form to the bytes of the JSON, and what it keeps.
 
-The service is the one of ``canned.py``, whose model gives the same `Detections` for each image at once. The client is wrk, on
-127.0.0.1; each row is the median of some rounds. The image is a photograph of 640x480 as JPEG. What the worker and the model's
-process spend is added up, and contains decoding and the resize to the model's size; both are also printed for themselves, as
-timed in a process that does nothing else.
+The service is the one of ``canned.py``, whose model gives the same `Detections` for each image at once. Beside it is that of
+``bare.py``, which does nothing but read a body, decode the image by Pillow and answer as much: what BentoML and decoding take.
+The client is wrk, on 127.0.0.1; each row is the median of some rounds. The image is a photograph of 640x480 as JPEG. What the
+worker and the model's process spend is added up, and contains decoding and, for the first, the resize to the model's size;
+both are also printed for themselves, as timed in a process that does nothing else.
 
 Usage::
 
@@ -20,6 +21,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+from itertools import product
 from pathlib import Path
 
 os.environ["BENTOML_HOME"] = (home := tempfile.TemporaryDirectory(prefix="bench-service-cost-")).name
@@ -32,7 +34,7 @@ import serving
 import wrk
 from bentoml_detectron import load_predictor
 
-COMMAND = [sys.executable, "-m", "bentoml", "serve", "canned:service", "--host", "127.0.0.1", "--port", "PORT"]
+SERVICES = ("canned", "bare")
 FOUND = (100, 10)
 """Detections, with masks, in an answer."""
 
@@ -60,29 +62,33 @@ def megabytes(server: serving.Server) -> float:
 
 def report(folder: Path, image: bytes, rounds: int, seconds: float) -> None:
     print("CPU of the worker and its model's processes for one request, ms; and what their memory grew by meanwhile")
-    print("| found | connections | median | least | largest | requests | MB more |\n|---|---|---|---|---|---|---|")
+    print(
+        "| service | found | connections | median | least | largest | requests | MB more |\n|---|---|---|---|---|---|---|---|"
+    )
     script = wrk.write_script(folder, [image])
-    for count in FOUND:
+    for name, count in product(SERVICES, FOUND):
+        command = [sys.executable, "-m", "bentoml", "serve", f"{name}:service", "--host", "127.0.0.1", "--port", "PORT"]
         given = {**serving.environment(home.name), "CANNED": str(count)}
-        with serving.started(COMMAND, given, folder / f"{count}.log", Path(__file__).parent) as server:
+        with serving.started(command, given, folder / f"{name}-{count}.log", Path(__file__).parent) as server:
             url = f"{server.wait()}/predict"
-            server.wait_for_instance()
+            if name == "canned":
+                server.wait_for_instance()
             wrk.load(url, script, 2)
             for connections in (1, wrk.CONNECTIONS):
-                measure(server, url, script, count, connections, rounds, seconds)
+                row = measure(server, url, script, connections, rounds, seconds)
+                print(f"| {name} | {count} | {connections} | {row} |", flush=True)
 
 
-def measure(server: serving.Server, url: str, script: Path, count: int, connections: int, rounds: int, seconds: float) -> None:
+def measure(server: serving.Server, url: str, script: Path, connections: int, rounds: int, seconds: float) -> str:
+    """The rest of a row."""
     found, requests, before = [], 0, megabytes(server)
     for _ in range(rounds):
         start = spent(server)
         answers = wrk.load(url, script, seconds, connections).answers
         found.append((spent(server) - start) / answers * 1e3)
         requests += answers
-    row = (
-        f"{statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} | {requests} | {megabytes(server) - before:+.1f}"
-    )
-    print(f"| {count} | {connections} | {row} |", flush=True)
+    grown = megabytes(server) - before
+    return f"{statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} | {requests} | {grown:+.1f}"
 
 
 def report_parts(image: bytes) -> None:

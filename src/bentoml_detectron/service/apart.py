@@ -50,7 +50,7 @@ _NICE = 5
 """By how much the worker goes before its models: what it has to do is short, and a refusal is to be quick."""
 _END_SECONDS = 5.0
 _LOOK_SECONDS = 0.2
-"""Seconds between two looks at whether a model that is being loaded is still wanted."""
+"""Seconds between two looks at whether a model that is being loaded is still wanted, and at how much memory is free."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Apart(Preparation):
         self._is_busy = False
 
     def budget(self) -> int:
-        """Most pixels, padding included, that may go through the model together, by what was free after the last batch."""
+        """Most pixels, padding included, that may go through the model together, by what was free a short while ago."""
         return self._budget
 
     def run(self, group: Sequence[Prepared], observe: Observe = lambda stage, seconds: None) -> list[Any]:
@@ -273,6 +273,7 @@ def _serve(predictor: Predictor, connection: Connection) -> None:
 
     from bentoml_detectron.memory import give_back_freed_memory
 
+    budget, looked = predictor.budget(), time.monotonic()
     while True:
         if not connection.poll(REST_SECONDS):
             give_back_freed_memory()
@@ -280,7 +281,9 @@ def _serve(predictor: Predictor, connection: Connection) -> None:
         group, threads = connection.recv()
         torch.set_num_threads(threads)
         results, stages = _run(predictor, group)
-        connection.send((results, stages, predictor.budget()))
+        if time.monotonic() - looked > _LOOK_SECONDS:
+            budget, looked = predictor.budget(), time.monotonic()
+        connection.send((results, stages, budget))
 
 
 def _run(predictor: Predictor, group: list[Prepared]) -> tuple[Any, list[tuple[str, float]]]:
