@@ -52,6 +52,7 @@ def there_and_back(tree, folder: Path):
     return config.from_plain(config.read(folder), tuples)
 
 
+@pytest.mark.slow
 @given(tree=TREES)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_plain_data_comes_back_exactly(tree, tmp_path):

@@ -30,6 +30,7 @@ print(mine == theirs, len(mine))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 def test_it_shows_what_prometheus_own_shows(several, tmp_path):
     shared = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)} if several else {}

@@ -298,6 +298,7 @@ KINDS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(
     kind=KINDS,

@@ -355,6 +355,7 @@ def test_segments_follow_their_detections():
 # --- JSON there and back
 
 
+@pytest.mark.slow
 @given(detections())
 @settings(deadline=None, max_examples=300)
 def test_json_there_and_back_is_without_loss_and_fits_the_schema(one):
@@ -587,6 +588,7 @@ def mutated(draw):
     return json.dumps(content)
 
 
+@pytest.mark.slow
 @given(mutated())
 @settings(deadline=None, max_examples=400)
 def test_a_changed_text_is_either_read_as_the_schema_has_it_or_refused(text):
