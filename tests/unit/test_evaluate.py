@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bentoml_detectron import compare, evaluate
+from bentoml_detectron import compare, evaluate, masks
 from bentoml_detectron.errors import ImageError, InvalidArgumentError
 from bentoml_detectron.evaluation import ground_truth as truths
 from bentoml_detectron.evaluation.average_precision import COCO_SIGMAS, KINDS
@@ -22,6 +22,17 @@ from coco import IDS, NAMES, SIZE, annotation, by_faster, content, detections, r
 
 SEEDS = st.integers(0, 2**32 - 1)
 BOX = [10, 10, 40, 50]
+WRONG_RLES = [
+    {"size": [60, 80], "counts": annotation(4, 1, "dog", BOX)["segmentation"]["counts"][:-3]},  # pycocotools would not end
+    {"size": [60, 80], "counts": "o"},
+    {"size": [60, 80], "counts": "\u1234"},
+    {"size": [60, 80], "counts": [4800, 1]},
+    {"size": [60, 80], "counts": [4805, -5]},
+    {"size": [60, 80], "counts": [4800.0]},
+    {"size": [80, 60], "counts": [4800]},
+    {"size": ["60", "80"], "counts": [4800]},
+    {"size": [60, 80]},
+]
 
 
 def or_nan(values):
@@ -407,9 +418,12 @@ def test_predictions_are_of_all_images_once():
 
 def test_images_of_another_size_than_annotated_are_an_error():
     truth, found = random_dataset(2, images=1)
-    truth["images"][0]["height"] = 61
+    higher = copy.deepcopy(truth)
+    higher["images"][0]["height"] = 61
+    for each in higher["annotations"]:
+        del each["segmentation"]
     with pytest.raises(InvalidArgumentError, match=r"3\.jpg has 60 rows and 80 columns, the ground truth says 61 and 80"):
-        evaluate(found, truth)
+        evaluate(found, higher)
     del truth["images"][0]["height"]
     assert evaluate(found, truth).tasks.keys() == {"box", "mask", "keypoint"}
 
@@ -463,6 +477,10 @@ def test_images_of_maps_are_those_of_the_same_name(tmp_path):
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3]), r"the annotation 4 has the box \[1, 2, 3\]; it should be"),
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3, math.nan]), r"the annotation 4 has the box .*nan\]"),
         (lambda file: file["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "the annotation 4 has a segmentation that"),
+        *(
+            (lambda file, rle=rle: file["annotations"][0].update(segmentation=rle), "the annotation 4 has a segmentation that")
+            for rle in WRONG_RLES
+        ),
         (lambda file: file["annotations"][0].update(keypoints=[1, 2]), "the annotation 4 has keypoints that"),
         (lambda file: file["annotations"][1].pop("segmentation"), "has segmentations, but not of the annotations 5"),
     ],
@@ -472,6 +490,17 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_where(change, said):
     change(file)
     with pytest.raises(InvalidArgumentError, match=said):
         evaluate({1: detections([BOX], [1], [1])}, file)
+
+
+def test_masks_may_be_uncompressed_rles():
+    """As COCO's own crowds are."""
+    file = content([1], [annotation(4, 1, "dog", BOX)])
+    found = evaluate({1: detections([BOX], [1], [1])}, file)
+    bits = masks.decode(file["annotations"][0]["segmentation"]).T.ravel().astype(int)
+    ends = np.flatnonzero(np.diff(bits)) + 1
+    file["annotations"][0]["segmentation"] = {"size": [60, 80], "counts": np.diff([0, *ends, bits.size]).tolist()}
+    again = evaluate({1: detections([BOX], [1], [1])}, file)
+    assert again.tasks["mask"].metrics == pytest.approx(found.tasks["mask"].metrics, nan_ok=True)
 
 
 def test_a_path_that_is_no_annotation_file_is_an_error_with_the_cure(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bentoml_detectron import masks
 from bentoml_detectron.errors import ImageError, InvalidArgumentError
 
 ImageId = int | str
@@ -230,18 +231,18 @@ def _check_instances(
     annotations: Sequence[dict[str, Any]], images: Sequence[Picture], categories: Sequence[Category], source: str
 ) -> None:
     """Checks each annotation, and fills in what COCO's tools need and other tools' files lack."""
-    image_ids, category_ids = {each.id for each in images}, {each.id for each in categories}
+    sizes, category_ids = {each.id: each.size for each in images}, {each.id for each in categories}
     for place, each in enumerate(annotations):
         fault = None
         box = each.get("bbox")
-        if each.get("image_id") not in image_ids:
+        if each.get("image_id") not in sizes:
             fault = f"is of the image {each.get('image_id')!r}, which is not there"
         elif each.get("category_id") not in category_ids:
             fault = f"is of the category {each.get('category_id')!r}, which is not there"
         elif not isinstance(box, list) or len(box) != 4 or not all(_is_number(number) for number in box):
             fault = f"has the box {box!r:.80}; it should be x, y, width, height"
-        elif each.get("segmentation") and not _is_mask(each["segmentation"]):
-            fault = "has a segmentation that is neither polygons of three points and more nor an RLE"
+        elif each.get("segmentation") and not _is_mask(each["segmentation"], sizes[each["image_id"]]):
+            fault = "has a segmentation that is neither polygons of three points and more nor an RLE of its image's size"
         elif "keypoints" in each and not _are_points(each["keypoints"]):
             fault = "has keypoints that are not x, y, visibility of each"
         if fault:
@@ -255,12 +256,26 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # not NaN, not infinite
 
 
-def _is_mask(given: object) -> bool:
+def _is_mask(given: object, size: tuple[int, int] | None) -> bool:
     if isinstance(given, dict):
-        return isinstance(given.get("counts"), (str, list)) and len(given.get("size") or ()) == 2
+        return _is_rle(given, size)
     return isinstance(given, list) and all(
         isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 and all(map(_is_number, each)) for each in given
     )
+
+
+def _is_rle(given: Mapping[str, Any], image_size: tuple[int, int] | None) -> bool:
+    """Whether it is a mask in COCO's RLE, compressed or not. pycocotools reads on behind the end of one that is cut short."""
+    size, counts = given.get("size"), given.get("counts")
+    if not isinstance(size, list) or [type(each) for each in size] != [int, int] or tuple(size) != (image_size or tuple(size)):
+        return False
+    if isinstance(counts, list):
+        return all(type(each) is int and each >= 0 for each in counts) and min(size) > 0 and sum(counts) == size[0] * size[1]
+    try:
+        masks.check({"size": size, "counts": counts}, (size[0], size[1]))  # type: ignore[typeddict-item]
+    except InvalidArgumentError:
+        return False
+    return True
 
 
 def _are_points(given: object) -> bool:
