@@ -198,7 +198,7 @@ class Engine:
         if self.predictor is None or self.max_pixels is None:
             raise NotReadyError("the model is being loaded; ask again soon")
         if self.is_full:
-            raise OverloadedError(f"{self._entered} requests wait already; ask again soon", value=self._entered)
+            raise too_many(self._entered)
         if self._pixels and self._pixels + pixels > self.max_pixels:
             raise OverloadedError(f"{self._pixels:,} pixels wait already; ask again soon", value=self._pixels)
 
@@ -439,6 +439,11 @@ class Engine:
         """Drops what nobody waits for any more, so that it never reaches the model; whether any are left."""
         self._jobs = deque(job for job in self._jobs if not job.future.cancelled())
         return bool(self._jobs)
+
+
+def too_many(waiting: int) -> OverloadedError:
+    """The error for a request that comes while as many wait as may."""
+    return OverloadedError(f"{waiting} requests wait already; ask again soon", value=waiting)
 
 
 def _deliver(job: _Job, result: Any) -> None:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from bentoml.exceptions import BentoMLException
 
 from bentoml_detectron.errors import NotReadyError, OverloadedError
 from bentoml_detectron.service import gate
-from bentoml_detectron.service.engine import Engine
+from bentoml_detectron.service.engine import Engine, too_many
 from bentoml_detectron.service.metrics import STAGES, Metrics
 from bentoml_detectron.service.page import page
 from bentoml_detectron.service.requests import Call, DisconnectedError, read
@@ -143,12 +144,20 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or hands on; see ASGI's specification."""
         if scope["type"] == "lifespan":
-            gate.install(scope.get("app"), self._paths, self, self._is_full)
+            gate.install(scope.get("app"), self._paths, _with_cors(self._refuse), self._is_full)
             gate.parse_by_h11(receive)
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self.app(scope, receive, send)
             return
         await self._serve(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As `_respond` for a request for which `_is_full`, with most of the answer made beforehand."""
+        engine = self._engine()
+        answer = _refusal(engine.waiting, engine.retry_after)
+        self._count_refusal(OverloadedError.__name__, answer.status)
+        more = [(b"connection", b"close")] if self.worker.draining else []
+        await _send(send, _Answer(answer.status, answer.body, answer.content_type, [*answer.headers, *more]), head=False)
 
     def _is_full(self, scope: Scope) -> bool:
         """Whether a request will be refused as too many wait, and for no other reason."""
@@ -339,6 +348,12 @@ def _error(status: int, message: str, headers: list[tuple[bytes, bytes]] | None 
     answer = _json(status, {"error": message.encode("utf-8", "replace").decode()})
     answer.headers += headers or []
     return answer
+
+
+@lru_cache(maxsize=64)
+def _refusal(waiting: int, seconds: int) -> _Answer:
+    headers = [(b"retry-after", str(seconds).encode()), (b"server-timing", b"total;dur=0.0")]
+    return _error(HTTPStatus.SERVICE_UNAVAILABLE, str(too_many(waiting)), headers)
 
 
 def _server_timing(request: _Request) -> bytes:

@@ -40,12 +40,12 @@ class Gate:
     """
 
     def __init__(
-        self, app: App, router: Starlette, paths: Collection[str], front: App, is_full: Callable[[Scope], bool]
+        self, app: App, router: Starlette, paths: Collection[str], refusal: App, is_full: Callable[[Scope], bool]
     ) -> None:
         self._app = app
         self._router = router
         self._paths = paths
-        self._front = front
+        self._refusal = refusal
         self._is_full = is_full
         self._refusals = middlewares.Refusals(app)
         self._files = {file for route in router.routes for file in _static_files(route)}
@@ -58,7 +58,7 @@ class Gate:
             return
         if scope["type"] == "http" and self._is_full(scope):
             self._refusals.add(scope["path"])
-            await self._front(scope, receive, send)
+            await self._refusal(scope, receive, send)
             return
         if scope["type"] in ("http", "websocket"):
             scope["headers"] = [(name, _utf8(value)) for name, value in scope["headers"]]
@@ -86,19 +86,19 @@ class Gate:
         access.info("%s (scheme=%s,method=%s,path=%s) (status=%d)", *told)
 
 
-def install(router: Any, paths: Collection[str], front: App, is_full: Callable[[Scope], bool]) -> None:
+def install(router: Any, paths: Collection[str], refusal: App, is_full: Callable[[Scope], bool]) -> None:
     """Puts a gate around a BentoML app whose middlewares are made already, as they are when it starts.
 
     Args:
         router: BentoML's app.
         paths: Those that this package's middleware answers.
-        front: That middleware.
-        is_full: Whether it will refuse a request with 503, as too many wait already.
+        refusal: Answers a request with 503 as that middleware would, where too many wait already.
+        is_full: Whether that is so, and the middleware would refuse the request for no other reason.
     """
     if isinstance(router, Starlette) and router.middleware_stack is not None:
         middlewares.make_lean(router.middleware_stack)
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
-        router.middleware_stack = Gate(router.middleware_stack, router, paths, front, is_full)
+        router.middleware_stack = Gate(router.middleware_stack, router, paths, refusal, is_full)
 
 
 def parse_by_h11(receive: Any) -> None:
