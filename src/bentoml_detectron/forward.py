@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import GeneralizedRCNN, PanopticFPN, SemanticSegmentor
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
@@ -59,13 +60,13 @@ def forward(model: nn.Module, inputs: Sequence[dict[str, Any]], options: Sequenc
         One an image. Detections under an image's threshold are gone; of models without a panoptic part also those of other
         classes, and all but the best `top_k`.
     """
-    own = _own(model, THRESHOLD)
-    adjusted = _adjusted(model, options, own)
+    settings = _settings(model, options)
+    adjusted = _adjusted(model, options, settings)
     if _is_plain(model, PanopticFPN):
         instances, logits = cast(PanopticFPN, adjusted).inference(inputs, do_postprocess=False)
         return [
             Output(
-                instances=_at_image_size(_select(each, wanted, own, whole=True), given),
+                instances=_at_image_size(_select(each, wanted, settings, whole=True), given),
                 logits=logits[i],
                 logits_size=tuple(given["image"].shape[-2:]),
                 combine=_combine(model, wanted),
@@ -75,7 +76,7 @@ def forward(model: nn.Module, inputs: Sequence[dict[str, Any]], options: Sequenc
     if _is_plain(model, GeneralizedRCNN):
         instances = cast(GeneralizedRCNN, adjusted).inference(inputs, do_postprocess=False)
         return [
-            Output(instances=_at_image_size(_select(each, wanted, own), given))
+            Output(instances=_at_image_size(_select(each, wanted, settings), given))
             for each, wanted, given in zip(instances, options, inputs, strict=True)
         ]
     if _is_plain(model, SemanticSegmentor):
@@ -83,7 +84,7 @@ def forward(model: nn.Module, inputs: Sequence[dict[str, Any]], options: Sequenc
         outputs = adjusted([{"image": given["image"]} for given in inputs])
         sizes = [tuple(given["image"].shape[-2:]) for given in inputs]
         return [Output(logits=each["sem_seg"], logits_size=size) for each, size in zip(outputs, sizes, strict=True)]
-    return [_recognised(each, wanted, own) for each, wanted in zip(adjusted(list(inputs)), options, strict=True)]
+    return [_recognised(each, wanted, settings) for each, wanted in zip(adjusted(list(inputs)), options, strict=True)]
 
 
 def _is_plain(model: nn.Module, kind: type[nn.Module]) -> bool:
@@ -93,44 +94,72 @@ def _is_plain(model: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _own(model: nn.Module, name: str) -> float | None:
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What a batch runs at where some of its images want more than the model gives by itself.
+
+    Attributes:
+        threshold: Scores at which it runs; None: at the model's own.
+        own_threshold: The model's own then.
+        limit: Most detections an image then; None: the model's own.
+        own_limit: The model's own then.
+    """
+
+    threshold: float | None = None
+    own_threshold: float | None = None
+    limit: int | None = None
+    own_limit: int | None = None
+
+
+def _settings(model: nn.Module, options: Sequence[Options]) -> _Settings:
+    """What finds all that any of the images wants."""
+    own = _own(model, (THRESHOLD,))
+    threshold = None if own is None else min(own if each.score_threshold is None else each.score_threshold for each in options)
+    own_limit = _own(model, LIMITS)  # negative: none
+    limit = max((each.top_k or 0 for each in options), default=0)
+    is_raised = own_limit is not None and 0 <= own_limit < limit
+    return _Settings(
+        *((None, None) if threshold == own else (threshold, own)),
+        *((limit, int(own_limit)) if own_limit is not None and is_raised else (None, None)),
+    )
+
+
+def _own(model: nn.Module, names: Sequence[str]) -> float | None:
     """The value of a setting of the model's; a cascade has it once a stage, and uses the last."""
-    values = [getattr(module, name) for module in model.modules() if isinstance(getattr(module, name, None), (int, float))]
-    return values[-1] if values else None
+    values = [getattr(module, name, None) for module in model.modules() for name in names]
+    return next((each for each in reversed(values) if isinstance(each, (int, float))), None)
 
 
-def _adjusted(model: nn.Module, options: Sequence[Options], own: float | None) -> nn.Module:
-    """A view of the model that finds all that any of the images wants, or the model itself."""
-    wanted = [each.score_threshold for each in options]
-    lowest = min([own if each is None else each for each in wanted]) if own is not None else None
-    most = max((each.top_k or 0 for each in options), default=0)
-    selects = any(each != Options() for each in options)
+def _adjusted(model: nn.Module, options: Sequence[Options], settings: _Settings) -> nn.Module:
+    """A view of the model that runs at these settings, or the model itself."""
     whole = _is_plain(model, PanopticFPN)
 
     def change(module: nn.Module) -> dict[str, Any]:
         changes: dict[str, Any] = {}
-        if lowest is not None and isinstance(getattr(module, THRESHOLD, None), (int, float)) and lowest != own:
-            changes[THRESHOLD] = lowest
+        if settings.threshold is not None and isinstance(getattr(module, THRESHOLD, None), (int, float)):
+            changes[THRESHOLD] = settings.threshold
         for name in LIMITS:
             limit = getattr(module, name, None)
-            if isinstance(limit, int) and 0 <= limit < most:
-                changes[name] = most
+            if settings.limit is not None and isinstance(limit, int) and 0 <= limit < settings.limit:
+                changes[name] = settings.limit
+        if isinstance(module, CycleBatchNormList):  # it counts its calls, and other threads' and failed ones' with them
+            changes["_pos"] = 0
         return changes
 
     adjusted = view(model, change)
     heads = getattr(adjusted, "roi_heads", None)
-    if selects and hasattr(heads, "forward_with_given_boxes"):
-        adjusted = view(adjusted, lambda module: _selecting(module, options, own, whole) if module is heads else {})
+    if any(each != Options() for each in options) and hasattr(heads, "forward_with_given_boxes"):
+        adjusted = view(adjusted, lambda module: _selecting(module, options, settings, whole) if module is heads else {})
     return adjusted
 
 
-def _selecting(heads: nn.Module, options: Sequence[Options], own: float | None, whole: bool) -> dict[str, Any]:
+def _selecting(heads: nn.Module, options: Sequence[Options], settings: _Settings, whole: bool) -> dict[str, Any]:
     """Masks and keypoints for the wanted detections alone: ROI heads call this between finding boxes and the rest."""
     masks_and_keypoints = cast(Callable[..., Any], heads.forward_with_given_boxes)
 
     def forward_with_given_boxes(features: Any, instances: list[Instances]) -> Any:
         if len(instances) == len(options):
-            instances = [_select(each, wanted, own, whole) for each, wanted in zip(instances, options, strict=True)]
+            instances = [_select(each, wanted, settings, whole) for each, wanted in zip(instances, options, strict=True)]
         return masks_and_keypoints(features, instances)
 
     return {"forward_with_given_boxes": forward_with_given_boxes}
@@ -152,15 +181,20 @@ def view(module: nn.Module, change: Callable[[nn.Module], dict[str, Any]]) -> nn
     return copied
 
 
-def _select(instances: Instances, wanted: Options, own: float | None, whole: bool = False) -> Instances:
-    """The wanted ones, in their order; `whole` leaves classes and number to whoever combines them with the rest."""
-    threshold = own if wanted.score_threshold is None else wanted.score_threshold
-    if wanted == Options() and threshold is None:
+def _select(instances: Instances, wanted: Options, settings: _Settings, whole: bool = False) -> Instances:
+    """The wanted ones, in their order; `whole` leaves classes and number to whoever combines them with the rest.
+
+    What the batch has found for other images' sake is taken out first, so that an image has what it would have alone.
+    """
+    threshold = settings.own_threshold if wanted.score_threshold is None else wanted.score_threshold
+    if wanted == Options() and threshold is None and settings.own_limit is None:
         return instances
     scores = scores_of(instances)
     keep = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores > threshold
+    if settings.own_limit is not None:
+        keep = _best(scores, keep, max(settings.own_limit, wanted.top_k or 0))
     if not whole:
-        keep &= chosen(instances, wanted, keep)
+        keep = chosen(instances, wanted, keep)
     return instances if bool(keep.all()) else instances[keep]
 
 
@@ -171,10 +205,15 @@ def chosen(instances: Instances, wanted: Options, among: torch.Tensor | None = N
     if wanted.things is not None and instances.has("pred_classes"):
         ids = torch.tensor(sorted(wanted.things), dtype=torch.int64, device=scores.device)
         keep &= torch.isin(instances.pred_classes, ids)
-    if wanted.top_k is not None and int(keep.sum()) > wanted.top_k:
-        best = torch.where(keep, scores, -torch.inf).sort(descending=True, stable=True).indices[: wanted.top_k]
-        keep = torch.zeros_like(keep).index_fill_(0, best, True)
-    return keep
+    return keep if wanted.top_k is None else _best(scores, keep, wanted.top_k)
+
+
+def _best(scores: torch.Tensor, among: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many of those that are among some, the best; (N,) bool."""
+    if int(among.sum()) <= most:
+        return among
+    best = torch.where(among, scores, -torch.inf).sort(descending=True, stable=True).indices[:most]
+    return torch.zeros_like(among).index_fill_(0, best, True)
 
 
 def scores_of(instances: Instances) -> torch.Tensor:
@@ -196,7 +235,7 @@ def _combine(model: PanopticFPN, wanted: Options) -> tuple[float, float, float]:
     return model.combine_overlap_thresh, model.combine_stuff_area_thresh, score
 
 
-def _recognised(output: Any, wanted: Options, own: float | None) -> Output:
+def _recognised(output: Any, wanted: Options, settings: _Settings) -> Output:
     """The output of any other model, by the names that Detectron2 gives to the parts."""
     if not isinstance(output, dict):
         return Output(raw=output)
@@ -207,8 +246,8 @@ def _recognised(output: Any, wanted: Options, own: float | None) -> Output:
     if all(part is None for part in (instances, proposals, panoptic, logits)):
         return Output(raw=output)
     return Output(
-        instances=None if instances is None else _select(instances, wanted, own, whole=panoptic is not None),
-        proposals=None if proposals is None else _select(proposals, wanted, None),
+        instances=None if instances is None else _select(instances, wanted, settings, whole=panoptic is not None),
+        proposals=None if proposals is None else _select(proposals, wanted, _Settings()),
         panoptic=panoptic,
         logits=logits,
     )

@@ -146,7 +146,7 @@ def _rles(instances: Instances, size: tuple[int, int]) -> list[RLE] | None:
         return pasted(roi_masks, boxes, size)
     if instances.has("pred_masks"):
         given = instances.pred_masks
-        return [rle_masks.encode(np.asarray(mask)) for mask in getattr(given, "tensor", given)]
+        return [rle_masks.encode(np.asarray(mask) != 0) for mask in getattr(given, "tensor", given)]
     return None
 
 

@@ -16,13 +16,16 @@ from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.postprocessing import sem_seg_postprocess
+from detectron2.modeling.roi_heads import StandardROIHeads
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from bentoml_detectron import demo, errors, forward, outputs, selftest
+from bentoml_detectron import demo, engines, errors, forward, outputs, selftest
 from bentoml_detectron.artifact import config
 from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.images import Limits
@@ -306,6 +309,37 @@ WITH_THRESHOLDS = ["Faster R-CNN, FPN", "Mask R-CNN, C4", "Mask R-CNN, FPN", "Ca
                    "Keypoint R-CNN", "Panoptic FPN", "PointRend"]  # fmt: skip
 
 
+@ROI_HEADS_REGISTRY.register()
+class Rescoring(StandardROIHeads):
+    """As Mask Scoring R-CNN's, which weigh the scores of what was chosen."""
+
+    def forward(self, images, features, proposals, targets=None):
+        found, losses = super().forward(images, features, proposals, targets)
+        for each in found:
+            each.scores = each.scores * 0.1
+        return found, losses
+
+
+class Maps(nn.Module):
+    """Gives masks as Mask2Former's models do: whole ones, in floats."""
+
+    def forward(self, inputs):
+        given = inputs[0]
+        found = Instances((given["height"], given["width"]))
+        found.pred_masks = torch.zeros(1, given["height"], given["width"])
+        found.pred_masks[0, 2:5, 3:9] = 1
+        found.pred_boxes, found.scores = Boxes(torch.tensor([[3.0, 2.0, 9.0, 5.0]])), torch.tensor([0.9])
+        found.pred_classes = torch.tensor([0])
+        return [{"instances": found}]
+
+
+def test_masks_may_be_bitmaps_of_floats():
+    (found,) = Predictor(Maps().eval(), Input(format="BGR", min_size_test=0, max_size_test=0), None)([picture()])
+    due = np.zeros(found.image_size, bool)
+    due[2:5, 3:9] = True
+    assert np.array_equal(decode(found.masks[0]), due)
+
+
 class TestOptions:
     """Thresholds, classes and numbers for each call, and the model as it was."""
 
@@ -372,6 +406,28 @@ class TestOptions:
         assert len(predictor([picture()])[0]) == 5
         assert len(predictor([picture()], top_k=30)[0]) == 30
 
+    @pytest.mark.parametrize("name", ["Mask R-CNN, FPN", "RetinaNet", "Panoptic FPN"])
+    def test_number_that_another_image_wants_leaves_the_models_own_limit(self, name):
+        cfg = zoo_config(ZOO[name])
+        cfg.TEST.DETECTIONS_PER_IMAGE = 3
+        predictor = of(lowered(cfg, 0.0))
+        wanted = [predictor.options(), predictor.options(top_k=8), predictor.options(top_k=2), predictor.options(classes=[0])]
+        images = [picture(128, 160, 3)] * len(wanted)
+        together = predictor.predict(images, wanted)
+        alone = [predictor.predict([image], [each])[0] for image, each in zip(images, wanted, strict=True)]
+        assert [len(each) for each in together[:3]] == [3, 8, 2]
+        for one, other in zip(together, alone, strict=True):
+            np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+
+    def test_scores_that_heads_change_after_their_threshold_are_kept(self):
+        cfg = tiny_cfg()
+        cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = "Rescoring", 0.15
+        predictor = of(cfg)
+        (found,) = predictor([picture()])
+        assert len(found)
+        assert found.scores.max() < 0.15
+        assert not len(predictor([picture()], score_threshold=0.15)[0])
+
     def test_masks_are_computed_for_the_wanted_detections_alone(self, demo_predictor):
         """Most of the time of a detection is its mask's."""
         rows: list[int] = []
@@ -428,6 +484,26 @@ class TestThreads:
 
     def test_eight_threads_with_different_thresholds_get_what_they_would_alone(self, demo_predictor):
         assert self.mismatches(demo_predictor.model) == 0
+
+    def test_norms_of_each_level_are_not_mixed_up(self):
+        """Detectron2's RetinaNet counts the calls of its head's norms: other threads' too, and those that failed."""
+        cfg = zoo_config(ZOO["RetinaNet"])
+        cfg.MODEL.RETINANET.NORM = "BN"
+        module = built(lowered(cfg, 0.0))
+        generator = torch.Generator().manual_seed(0)
+        for each in module.head.modules():
+            if isinstance(each, nn.BatchNorm2d):
+                each.running_mean.uniform_(-0.3, 0.3, generator=generator)
+                each.running_var.uniform_(0.3, 2, generator=generator)
+        for precision in ("fp32", "int8") if engines.has_int8() else ("fp32",):
+            predictor = of(cfg, engines.accelerated(module, precision, {}))
+            due = predictor([picture(128, 160)])[0]
+            with ThreadPoolExecutor(2) as pool:
+                found = list(pool.map(lambda _, predictor=predictor: predictor([picture(128, 160)])[0], range(20)))
+            for each in found:
+                np.testing.assert_allclose(each.scores, due.scores, atol=1e-5)
+            next(each for each in module.modules() if isinstance(each, CycleBatchNormList))._pos = 3  # as a failure leaves it
+            np.testing.assert_allclose(predictor([picture(128, 160)])[0].scores, due.scores, atol=1e-5)
 
     def test_test_above_sees_a_threshold_that_is_shared(self, monkeypatch):
         """With the threshold set in the model itself, as one would do it first, threads get each other's."""
@@ -647,7 +723,7 @@ class TestRotated:
 
         boxes = RotatedBoxes(torch.tensor([[40.0, 30, 20, 10, 30], [60, 60, 30, 12, -45]]))
         instances = Instances((80, 100), pred_boxes=boxes, scores=torch.tensor([0.9, 0.2]), pred_classes=torch.tensor([1, 0]))
-        output = forward._recognised({"instances": instances}, Options(), None)
+        output = forward._recognised({"instances": instances}, Options(), forward._Settings())
         names = outputs.Names(Dataset(name="ships", thing_classes=["ferry", "tug"]))
         found = outputs.detections(output, (80, 100), Options(), names)
         assert np.array_equal(found.boxes, boxes.tensor.numpy())

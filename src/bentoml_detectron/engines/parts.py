@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from detectron2.layers import CycleBatchNormList
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
@@ -48,7 +49,18 @@ class Part:
 
 
 def find(model: nn.Module) -> list[Part]:
-    """The parts of a model that can be replaced, in the order of an image's way; none for unknown models."""
+    """The parts of a model that can be replaced, in the order of an image's way; none for unknown models.
+
+    What counts its calls stays, as a replacement would be called by several threads.
+    """
+    return [each for each in _heavy(model) if not _counts_calls(model.get_submodule(each.place))]
+
+
+def _counts_calls(module: nn.Module) -> bool:
+    return any(isinstance(each, CycleBatchNormList) for each in module.modules())
+
+
+def _heavy(model: nn.Module) -> list[Part]:
     parts: list[Part] = []
     if isinstance(getattr(model, "backbone", None), Backbone):
         parts.append(Part("backbone", sizes=True, is_backbone=True))
