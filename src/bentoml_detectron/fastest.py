@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -41,6 +42,15 @@ class Chosen:
     seconds: dict[Precision, float]
 
 
+def _finds(due: Any, precision: Precision, view: nn.Module, image_input: Input) -> bool:
+    """Whether a view finds the same; not where it fails, as a model of one's own may in another precision."""
+    try:
+        return selftest.is_alike(due, selftest.run(view, image_input, None), TOLERANCE)
+    except Exception:
+        logger.warning("the model does not run in %s", precision, exc_info=True)
+        return False
+
+
 def fastest(model: nn.Module, image_input: Input, calibration: Calibration | None) -> Chosen:
     """Tries the precisions that there are on the self-test's image.
 
@@ -60,11 +70,7 @@ def fastest(model: nn.Module, image_input: Input, calibration: Calibration | Non
     views: dict[Precision, nn.Module] = {each: engines.accelerated(model, each, calibration) for each in candidates}
     if len(views) > 1:
         due = selftest.run(model, image_input, None)
-        views = {
-            each: view
-            for each, view in views.items()
-            if each == "fp32" or selftest.is_alike(due, selftest.run(view, image_input, None), TOLERANCE)
-        }
+        views = {each: view for each, view in views.items() if each == "fp32" or _finds(due, each, view, image_input)}
     predictors = {each: Predictor(view, image_input, batch="exact") for each, view in views.items()}
     seconds: dict[Precision, list[float]] = {each: [] for each in predictors}
     image = selftest.image()

@@ -10,8 +10,9 @@ import bentoml
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -176,6 +177,85 @@ def test_part_that_no_engine_runs_stays_as_it_is():
     assert len(run(fast)) == 1
 
 
+class Tapping(ResNet):
+    """Gives what each stage's last block but one has made, into which that last one must not add."""
+
+    def forward(self, x):
+        x, found = self.stem(x), {}
+        for name, stage in zip(self.stage_names, self.stages, strict=True):
+            made = []
+            for block in stage:
+                x = block(x)
+                made.append(x)
+            if name in self._out_features:
+                found[name] = made[-2]
+        return found
+
+
+@needs_int8
+def test_part_that_would_be_wrong_in_float32_stays_where_rounding_hides_it():
+    cfg = zoo_config(ZOO["RPN, C4"])
+    cfg.MODEL.RESNETS.NORM = "BN"
+    model = built(cfg)
+    model.backbone.__class__ = Tapping
+    for name, module in model.named_modules():
+        if name.endswith("conv3.norm"):
+            nn.init.constant_(module.weight, 0.2)
+    fast = faster(model, "int8")
+    given = (image()["image"] - model.pixel_mean)[None] / model.pixel_std
+    with torch.inference_mode():
+        assert rms(fast.backbone(given)["res4"] - model.backbone(given)["res4"]) < 0.05 * rms(model.backbone(given)["res4"])
+
+
+def test_not_a_number_in_any_output_is_no_small_error():
+    example = parts.Example((torch.ones(1),), [torch.ones(2), torch.ones(2)])
+    assert engines._tried(parts.Part("x"), example, "fp16", lambda: lambda inputs: [torch.ones(2), torch.ones(2)])
+    bad = torch.tensor([1.0, torch.nan])
+    for given in ([bad, torch.ones(2)], [torch.ones(2), bad]):
+        assert engines._tried(parts.Part("x"), example, "fp16", lambda given=given: lambda inputs: given) is None
+
+
+class Looking(RetinaNet):
+    """Does more with features than the class that is known."""
+
+    def forward_inference(self, images, features, predictions):
+        nn.functional.conv2d(features[0], torch.ones(1, features[0].shape[1], 1, 1))
+        return super().forward_inference(images, features, predictions)
+
+
+class Adding(RPN):
+    def forward(self, images, features, gt_instances=None):
+        weight = torch.eye(next(iter(features.values())).shape[1])[:, :, None, None]
+        features = {name: nn.functional.conv2d(each, weight) for name, each in features.items()}
+        return super().forward(images, features, gt_instances)
+
+
+@every_precision
+@pytest.mark.parametrize("name", ["RetinaNet", "Faster R-CNN, FPN"])
+def test_subclasses_that_use_features_themselves_get_float32(name, precision):
+    model = built(zoo_config(ZOO[name]))
+    if name == "RetinaNet":
+        model.__class__ = Looking
+    else:
+        model.proposal_generator.__class__ = Adding
+    assert len(run(faster(model, precision))) == 1
+
+
+@needs_int8
+def test_auto_leaves_out_a_precision_in_which_the_model_fails(monkeypatch):
+    cfg = tiny_cfg()
+    model = built(cfg)
+    calibration = engines.calibrate(model, run)
+
+    class Broken(nn.Module):
+        def forward(self, inputs):
+            raise TypeError("no integers")
+
+    real = engines.accelerated
+    monkeypatch.setattr(engines, "accelerated", lambda *given: Broken().eval() if given[1] == "int8" else real(*given))
+    assert fastest.fastest(model, config.input_of(cfg), calibration).precision != "int8"
+
+
 @every_precision
 def test_threads_share_a_model(precision):
     fast = faster(built(tiny_cfg()), precision)
@@ -271,6 +351,13 @@ class TestNormalization:
         model = built(tiny_cfg())
         given = [{"image": layout(image(50, 70)["image"])}]
         assert torch.equal(normalization.Preprocess(model)(given).tensor, model.preprocess_image(given).tensor)
+
+    def test_constraints_without_a_square_leave_it(self):
+        """As FPN has them in Detectron2's main branch."""
+        model = built(zoo_config(ZOO["Faster R-CNN, FPN"]))
+        for side, takes in ((0, True), (1024, False)):
+            model.backbone.__class__ = type("FPN", (FPN,), {"padding_constraints": {"square_size": side}})
+            assert normalization.takes(model) is takes
 
     def test_of_a_model_that_has_its_own_stays(self):
         class Own(type(built(tiny_cfg()))):

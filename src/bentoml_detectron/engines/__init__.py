@@ -103,11 +103,30 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
         return _keeping_anchors(autocast(model, precision) if precision in HALVES else model)
     keep_freed_memory()
     examples = _examples(model, find(model))
-    keeps = precision != "fp32" and _features_go_to(model, examples)
+    if precision != "fp32" and _features_go_to(model, examples):
+        view = _with_parts(model, examples, precision, calibration, keeps=True)
+        try:
+            with torch.inference_mode():
+                view([_noise(model)])
+            return view
+        except Exception:  # a subclass does more with features than the class that is known
+            logger.warning("the model does not take features in %s; between parts they are float32", precision, exc_info=True)
+    return _with_parts(model, examples, precision, calibration, keeps=False)
+
+
+def _with_parts(
+    model: nn.Module,
+    examples: Mapping[Part, Example],
+    precision: Precision,
+    calibration: int8.Calibration | None,
+    *,
+    keeps: bool,
+) -> nn.Module:
+    """A view with faster parts; `keeps`: whether features go from part to part in less than float32."""
     replacements = {}
     runs_backbone = False
     for part, example in examples.items():
-        run = _tried(part, example, precision, partial(_compiled, model, part, example, precision, calibration, keeps))
+        run = _compiled_and_tried(model, part, example, precision, calibration, keeps)
         replacements[part] = _adapted(model, part, example, run, keeps)
         runs_backbone |= part.is_backbone and run is not None
     view = _keeping_anchors(replaced(model, replacements))
@@ -169,18 +188,24 @@ def _called(graph: Graph, inputs: Sequence[Any]) -> list[Any]:
 
 def _examples(model: nn.Module, parts: list[Part]) -> dict[Part, Example]:
     """What the parts take and give for an image of noise."""
+    generator = torch.Generator().manual_seed(1)
+    try:
+        examples = record(model, parts, lambda view: view([_noise(model)]))
+        return {part: each if part.sizes else _some_rows(model, part, each, generator) for part, each in examples.items()}
+    except Exception:
+        logger.warning("the model does not run on an image of noise; it stays as it is", exc_info=True)
+        return {}
+
+
+def _noise(model: nn.Module) -> dict[str, Any]:
+    """What a model takes as an image; of noise, and always the same."""
     generator = torch.Generator().manual_seed(0)
     given: dict[str, Any] = {"image": torch.randint(0, 256, (3, *_SIZE), generator=generator).float()}
     given |= {"height": _SIZE[0], "width": _SIZE[1]}
     if getattr(model, "proposal_generator", model) is None:  # Fast R-CNN takes what others have proposed
         boxes = torch.tensor([[0.0, 0.0, _SIZE[1] / 2, _SIZE[0] / 2], [0.0, 0.0, _SIZE[1], _SIZE[0]]])
         given["proposals"] = Instances(_SIZE, proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(2))
-    try:
-        examples = record(model, parts, lambda view: view([given]))
-        return {part: each if part.sizes else _some_rows(model, part, each, generator) for part, each in examples.items()}
-    except Exception:
-        logger.warning("the model does not run on an image of noise; it stays as it is", exc_info=True)
-        return {}
+    return given
 
 
 def _some_rows(model: nn.Module, part: Part, example: Example, generator: torch.Generator) -> Example:
@@ -207,6 +232,16 @@ def _features_go_to(model: nn.Module, examples: Mapping[Part, Example]) -> bool:
             and (not isinstance(model, PanopticFPN) or Part("sem_seg_head", "layers", sizes=True) in examples)
         )
     return isinstance(model, DenseDetector) and Part("head", sizes=True) in examples
+
+
+def _compiled_and_tried(
+    model: nn.Module, part: Part, example: Example, precision: Precision, calibration: int8.Calibration | None, keeps: bool
+) -> eager.Run | None:
+    """A part in a precision; None where it is not the same then, or would not be in float32, where rounding hides nothing."""
+    run = _tried(part, example, "fp32", partial(eager.compiled, Graph(model, part, example), torch.float32))
+    if run is None or precision == "fp32":
+        return run
+    return _tried(part, example, precision, partial(_compiled, model, part, example, precision, calibration, keeps))
 
 
 def _compiled(
@@ -263,9 +298,8 @@ def _error(run: eager.Run, example: Example) -> float:
     """Largest relative error of an output, root mean square."""
     with torch.inference_mode():
         pairs = zip(run(tensors(example.arguments)), tensors(example.output), strict=True)
-        return max(
-            float((mine.float() - due).square().mean().sqrt() / (due.square().mean().sqrt() + 1e-9)) for mine, due in pairs
-        )
+        errors = [(mine.float() - due).square().mean().sqrt() / (due.square().mean().sqrt() + 1e-9) for mine, due in pairs]
+        return float(torch.stack(errors).max())  # NaN where any is, unlike Python's max
 
 
 def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | None, keeps: bool) -> Replacement:

@@ -19,10 +19,9 @@ from torch import nn
 def takes(model: nn.Module) -> bool:
     """Whether a model normalizes and pads as Detectron2's do, to a multiple and not to a square."""
     own = getattr(type(model), "preprocess_image", None)
-    backbone: Any = getattr(model, "backbone", None)
-    return own in (GeneralizedRCNN.preprocess_image, DenseDetector.preprocess_image) and not getattr(
-        backbone, "padding_constraints", None
-    )
+    # Detectron2's main branch has them also where a backbone, as FPN, asks for no square: {"square_size": 0}.
+    constraints = getattr(getattr(model, "backbone", None), "padding_constraints", None) or {}
+    return own in (GeneralizedRCNN.preprocess_image, DenseDetector.preprocess_image) and not any(constraints.values())
 
 
 class Preprocess:
