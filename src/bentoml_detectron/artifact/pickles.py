@@ -1,7 +1,8 @@
 """What a pickle would do, read from its opcodes alone: nothing is built, called or imported.
 
-An unpickler that refuses to import can still be made to run for ever or to fill the memory: by tuples inside tuples that unfold
-to more values than there are atoms when they are hashed, or by a memo index of two billion.
+An unpickler that refuses to import can still be made to run for ever, to fill the memory or to crash: by tuples inside tuples
+that unfold to more values than there are atoms when they are hashed or spelled, or that are nested so deep that the stack ends;
+by keys that all have one hash; or by a memo index of two billion.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from bentoml_detectron.errors import UnsafeFileError
 MAX_OPCODES = 500_000
 MAX_UNFOLDED = 1_000_000
 """Most values that one value may unfold to, counting shared parts as often as they are reached."""
+MAX_DEPTH = 100
+"""Most containers inside each other."""
+_MAX_NUMBER = {"LONG1": 8, "LONG4": 8, "LONG": 22, "INT": 22}
+"""Bytes of a whole number's argument, by opcode: 64 bits. Of larger ones many have the same hash."""
 
 COMMON = frozenset(
     """
@@ -39,7 +44,7 @@ _LENGTH_BYTES = {
 class _Opcode:
     """How long an opcode's argument is, and what it takes from and leaves on the stack; from pickletools' own table."""
 
-    __slots__ = ("name", "size", "lines", "length_bytes", "takes", "to_mark", "leaves", "put", "get")  # noqa: RUF023
+    __slots__ = ("name", "size", "lines", "length_bytes", "takes", "to_mark", "leaves", "grows", "keys", "put", "get")  # noqa: RUF023
 
     def __init__(self, opcode: pickletools.OpcodeInfo) -> None:
         size = opcode.arg.n if opcode.arg else 0
@@ -51,6 +56,8 @@ class _Opcode:
         self.to_mark = pickletools.markobject in before
         self.takes = before.index(pickletools.markobject) if self.to_mark else len(before)
         self.leaves = len(opcode.stack_after)
+        self.grows = opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "ADDITEMS")
+        self.keys = opcode.name in ("SETITEM", "SETITEMS", "DICT")
         self.put = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
         self.get = opcode.name in ("GET", "BINGET", "LONG_BINGET")
 
@@ -77,6 +84,17 @@ class Inert:
         raise ValueError("a function is given a state")
 
 
+class _Value:
+    """What is on the stack: how many values it unfolds to, how deep it is, and whether another has taken it in."""
+
+    __slots__ = ("depth", "is_inside", "parts")
+
+    def __init__(self) -> None:
+        self.parts = 1
+        self.depth = 0
+        self.is_inside = False
+
+
 def check(content: bytes | mmap, file: str, opcodes: frozenset[str], is_known: Callable[[str, str], bool]) -> None:
     """Reads a pickle's opcodes to the end.
 
@@ -87,15 +105,16 @@ def check(content: bytes | mmap, file: str, opcodes: frozenset[str], is_known: C
         is_known: Whether a module's name may be looked up (GLOBAL; STACK_GLOBAL is for the unpickler to judge).
 
     Raises:
-        UnsafeFileError: It has another opcode or name, unfolds without end, or goes on after its end.
+        UnsafeFileError: It has another opcode or name, unfolds without end, is nested too deep, has keys or numbers that no
+            model has, or goes on after its end.
         IndexError, KeyError, ValueError: It is no pickle.
     """
 
     def refuse(what: object) -> NoReturn:
         raise UnsafeFileError(f"{file} holds a pickle with {what}, which no saved model has", file=file, value=what)
 
-    stack: list[int] = []  # how many values each unfolds to; 0 is a mark
-    memo: dict[int, int] = {}
+    stack: list[_Value | None] = []  # None is a mark
+    memo: dict[int, _Value | None] = {}
     position, count = 0, 0
     while True:  # one loop in one function: a model has thousands of opcodes, and loading waits for this
         opcode = _TABLE[content[position]]
@@ -134,17 +153,33 @@ def check(content: bytes | mmap, file: str, opcodes: frozenset[str], is_known: C
             memo[len(memo)] = stack[-1]
             continue
         elif name == "MARK":
-            stack.append(0)
+            stack.append(None)
             continue
-        weight = 1
+        elif name in _MAX_NUMBER and position - start - opcode.length_bytes > _MAX_NUMBER[name]:
+            refuse("a number of more than 64 bits")
+        taken: list[_Value] = []
         if opcode.to_mark:
-            while value := stack.pop():
-                weight += value
+            while (value := stack.pop()) is not None:
+                taken.append(value)
         for _ in range(opcode.takes):
-            weight += stack.pop()
-        if weight > MAX_UNFOLDED:
+            if (value := stack.pop()) is None:
+                raise ValueError("a mark where a value is due")
+            taken.append(value)
+        # The last one taken is what grows; before it, from the end, each value has its key.
+        if opcode.keys and any(key.parts > 1 for key in taken[1::2]):
+            refuse("a key that is no plain value")
+        result = taken.pop() if opcode.grows else _Value()
+        if opcode.grows and taken and result.is_inside:
+            refuse("a container that grows where it is inside another")
+        for value in taken:
+            value.is_inside = True
+            result.parts += value.parts
+            result.depth = max(result.depth, value.depth + 1)
+        if result.parts > MAX_UNFOLDED:
             refuse("values that unfold without end")
+        if result.depth > MAX_DEPTH:
+            refuse(f"more than {MAX_DEPTH} containers inside each other")
         if opcode.leaves:
-            stack.append(weight)
+            stack.append(result)
     if position != len(content):
         refuse(f"{len(content) - position} bytes after its end")
