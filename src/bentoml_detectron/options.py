@@ -48,7 +48,8 @@ def options(
     Args:
         dataset: The model's, for the names of its classes.
         score_threshold: In [0, 1].
-        classes: Names of thing or stuff classes, and contiguous ids: of things, or of a semantic model's classes.
+        classes: Names of thing or stuff classes, and contiguous ids: of things, or of a semantic model's classes. A text of
+            digits is an id where no class has that name.
         top_k: From 1 to `MAX_TOP_K`.
 
     Raises:
@@ -84,17 +85,25 @@ def _ids(
         if isinstance(each, str):
             found = [i for i, name in enumerate(thing_names) if name == each]
             other = [i for i, name in enumerate(stuff_names) if name == each]
+            if not found and not other and each.isascii() and each.isdigit() and len(each) < 10:
+                numbers.add(_id(int(each), most))
+                continue
             if not found and not other:
                 raise InvalidArgumentError(f"the model has no class {each!r}; {_known(each, thing_names + stuff_names)}",
                                            value=each)  # fmt: skip
             things.update(found)
             stuff.update(other)
-        elif isinstance(each, int) and not isinstance(each, bool) and each >= 0 and (each < most or not most):
-            numbers.add(each)
         else:
-            known = f"from 0 to {most - 1}" if most else "0 and above"
-            raise InvalidArgumentError(f"{each!r} is no class; ids are whole numbers {known}", value=each)
+            numbers.add(_id(each, most))
     return frozenset(things | numbers), frozenset(stuff), frozenset(stuff | numbers)
+
+
+def _id(given: object, most: int) -> int:
+    """An id, of so many classes at most if that is known."""
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 0 and (given < most or not most):
+        return given
+    known = f"from 0 to {most - 1}" if most else "0 and above"
+    raise InvalidArgumentError(f"{given!r} is no class; ids are whole numbers {known}", value=given)
 
 
 def _known(name: str, names: list[str]) -> str:

@@ -24,6 +24,16 @@ def test_names_and_ids_are_thing_classes_and_stuff_goes_by_name():
     assert wanted.semantic == {1, 0}
 
 
+def test_digits_are_a_name_where_there_is_one_and_an_id_otherwise():
+    dataset = Dataset(name="digits", thing_classes=["1", "2", "3", "car"])
+    assert options(dataset, classes=["1"]).things == {0}
+    assert options(dataset, classes=[1]).things == {1}
+    assert options(COCO, classes=["1"]).things == {1}
+    assert options(None, classes=["1200"]).things == {1200}
+    with pytest.raises(InvalidArgumentError, match="from 0 to 2"):
+        options(COCO, classes=["3"])
+
+
 def test_empty_list_of_classes_is_no_class():
     assert options(COCO, classes=[]).things == frozenset()
 

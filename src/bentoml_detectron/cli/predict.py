@@ -119,10 +119,9 @@ def command(
             sys.exit(INCOMPLETE)
 
 
-def _classes(given: tuple[str, ...]) -> list[str | int] | None:
-    """Names, and numbers for ids; None: all classes."""
-    names = [each.strip() for some in given for each in some.split(",")]
-    return [int(each) if each.isascii() and each.isdigit() and len(each) < 10 else each for each in names] or None
+def _classes(given: tuple[str, ...]) -> list[str] | None:
+    """Names and ids; None: all classes."""
+    return [each.strip() for some in given for each in some.split(",")] or None
 
 
 @contextmanager

@@ -267,7 +267,7 @@ def _number(name: str, fields: Mapping[str, list[str]]) -> float | None:
 
 
 def _classes(given: list[str]) -> list[str | int] | None:
-    """Classes as a JSON list, as names with commas between, or as a field repeated; numbers are ids. None: all."""
+    """Classes as a JSON list, as names with commas between, or as a field repeated. None: all."""
     if not given:
         return None
     if len(given) == 1:
@@ -279,8 +279,7 @@ def _classes(given: list[str]) -> list[str | int] | None:
                 raise InvalidArgumentError(f"classes is {given[0]!r:.100}; give names and ids", value=given[0])
             return _few(value)
         given = _plain(given[0]).split(",")
-    names = _few([each.strip() for each in given])
-    return [int(each) if each.isascii() and each.isdigit() and len(each) < 10 else each for each in names]
+    return _few([each.strip() for each in given])
 
 
 def _few(classes: list[Any]) -> list[Any]:
