@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read(file: Path) -> Categories:
     """
     cure = 'give a COCO annotation file, with "categories": [{"id": 1, "name": "person"}, ...]'
     try:
-        content = orjson.loads(file.read_bytes())
+        content = orjson.loads(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as exc:
         raise InvalidArgumentError(f"{file} cannot be read ({exc.strerror}); {cure}", value=str(file)) from exc
     except ValueError as exc:

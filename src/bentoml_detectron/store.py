@@ -68,9 +68,10 @@ def get(tag_like: str | Tag) -> Model:
         InvalidArgumentError: (``ValueError``) `tag_like` is no tag.
         CorruptFileError: Its record is damaged.
     """
-    check_tag(tag_like)
+    tag = check_tag(tag_like)
+    tag = Tag(tag.name, tag.version)  # BentoML writes the version that it found into the tag that it is given
     try:
-        model: Model = bentoml.models.get(tag_like, _model_store=_Store(BentoMLContainer.model_store_dir.get()))
+        model: Model = bentoml.models.get(tag, _model_store=_Store(BentoMLContainer.model_store_dir.get()))
     except NotFound as exc:
         raise ModelNotFoundError(str(exc), value=str(tag_like)) from exc
     except DetectronError:

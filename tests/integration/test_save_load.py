@@ -10,6 +10,7 @@ from pathlib import Path
 import bentoml
 import pytest
 import torch
+from bentoml import Tag
 from detectron2.engine import DefaultPredictor
 
 from bentoml_detectron import errors
@@ -513,3 +514,12 @@ def test_entry_that_is_registered_from_another_place_is_taken(monkeypatch):
     monkeypatch.delitem(META_ARCH_REGISTRY._obj_map, "Elsewhere")
     with pytest.raises(errors.UnknownEntryError, match="import a_module_that_is_gone"):
         bentoml.detectron.load_model(saved)
+
+
+def test_a_tag_that_is_given_stays_as_it_is(demo_predictor):
+    """BentoML's store writes the version into it, and would give that one again when there is a newer one."""
+    for given in (Tag("asked"), Tag("asked", "latest")):
+        first = bentoml.detectron.save_model("asked", demo_predictor)
+        assert bentoml.detectron.get(given).tag == first.tag
+        second = bentoml.detectron.save_model("asked", demo_predictor)
+        assert bentoml.detectron.get(given).tag == second.tag

@@ -473,6 +473,9 @@ def test_images_of_maps_are_those_of_the_same_name(tmp_path):
         (lambda file: file["images"].append(file["images"][0]), "has the image id 1 twice"),
         (lambda file: file["categories"].append({"id": 5, "name": "dog"}), "has the category 'dog' twice"),
         (lambda file: file["annotations"][0].update(image_id=9), "the annotation 4 is of the image 9, which is not there"),
+        (lambda file: file["annotations"][0].update(image_id=[1]), r"the annotation 4 is of the image \[1\], which"),
+        (lambda file: file["annotations"][0].update(area=None), "the annotation 4 has the area None"),
+        (lambda file: file["annotations"][0].update(area=math.inf), "the annotation 4 has the area inf"),
         (lambda file: file["annotations"][0].update(category_id=9), "the annotation 4 is of the category 9, which"),
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3]), r"the annotation 4 has the box \[1, 2, 3\]; it should be"),
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3, math.nan]), r"the annotation 4 has the box .*nan\]"),
@@ -490,6 +493,13 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_where(change, said):
     change(file)
     with pytest.raises(InvalidArgumentError, match=said):
         evaluate({1: detections([BOX], [1], [1])}, file)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(content([1], [annotation(4, 1, "dog", BOX)])), encoding="utf-8-sig")
+    assert evaluate({1: detections([BOX], [1], [1])}, file).tasks["box"].metrics["AP"] > 0.999
+    assert [each.name for each in truths.read(file).categories] == ["bird", "cat", "dog"]
 
 
 def test_masks_may_be_uncompressed_rles():

@@ -23,9 +23,6 @@ from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError, Un
 # After artifact.config, which says how to install Detectron2 where it is missing.
 from detectron2.config import CfgNode  # isort: skip
 
-BENTOML_FILES = ("model.yaml", "custom_objects.pkl")
-"""What BentoML itself writes beside this package's files; the second is never read here."""
-
 
 @dataclass(frozen=True)
 class SavedModel:
@@ -154,6 +151,7 @@ def copy_calibrated(
         CorruptFileError: A file of the source is damaged.
     """
     for name in sorted(content.files.keys() - {"model.yaml"}):
+        manifest.check_file(source, name, content)  # before it is followed anywhere
         shutil.copyfile(source / name, folder / name)
         manifest.check_file(folder, name, content)
     listed = {path.name: manifest.record(folder, path.name) for path in sorted(folder.iterdir())}

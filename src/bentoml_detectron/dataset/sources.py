@@ -5,6 +5,7 @@ Nothing is decoded here, and nothing fetched. What a file is, its first bytes sa
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import stat
@@ -22,7 +23,6 @@ from bentoml_detectron.errors import InvalidArgumentError
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
 """What an image's name ends with, in a folder; the formats that `images` decodes."""
 STDIN = "-"
-_BOM = b"\xef\xbb\xbf"
 
 Source = str | os.PathLike[str]
 
@@ -125,7 +125,7 @@ class Dataset:
         if start.startswith(parquet_source.MAGIC):
             for row, key in enumerate(parquet_source.keys(path, self.columns.image, self.columns.key)):
                 yield self._item(key, path, row)
-        elif start.removeprefix(_BOM).lstrip().startswith(b"{"):
+        elif start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             yield from self._annotated(path)
         else:
             yield self._item(path, path)
@@ -148,7 +148,7 @@ def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[st
         InvalidArgumentError: (``ValueError``) It is no such file.
     """
     try:
-        content = orjson.loads(Path(path).read_bytes().removeprefix(_BOM))
+        content = orjson.loads(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
         images = [(each["id"], each["file_name"]) for each in content["images"]]
         categories = {each["name"]: each["id"] for each in content.get("categories", [])}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
@@ -161,6 +161,9 @@ def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[st
         raise _unfit(path, "ids of images are whole numbers, or strings, and file names are strings")
     if any(type(name) is not str or type(number) is not int for name, number in categories.items()):
         raise _unfit(path, "names of categories are strings, and their ids are whole numbers")
+    numbers = [each for each in (*(image_id for image_id, _ in images), *categories.values()) if isinstance(each, int)]
+    if any(not -(2**63) <= each < 2**63 for each in numbers):
+        raise _unfit(path, "ids have 64 bits")
     if len({image_id for image_id, _ in images}) < len(images):
         raise _unfit(path, "no two images have one id")
     return images, categories

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,7 +107,7 @@ def read(annotations: str | Path | Mapping[str, Any], *, panoptic_root: str | Pa
     import orjson
 
     try:
-        content = orjson.loads(path.read_bytes())
+        content = orjson.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except OSError as exc:
         cure = "give a COCO annotation file, or a folder of semantic maps"
         raise InvalidArgumentError(f"cannot read {path} ({exc.strerror}); {cure}", value=str(path)) from exc
@@ -235,7 +236,7 @@ def _check_instances(
     for place, each in enumerate(annotations):
         fault = None
         box = each.get("bbox")
-        if each.get("image_id") not in sizes:
+        if not isinstance(each.get("image_id"), (int, str)) or each["image_id"] not in sizes:
             fault = f"is of the image {each.get('image_id')!r}, which is not there"
         elif each.get("category_id") not in category_ids:
             fault = f"is of the category {each.get('category_id')!r}, which is not there"
@@ -243,6 +244,8 @@ def _check_instances(
             fault = f"has the box {box!r:.80}; it should be x, y, width, height"
         elif each.get("segmentation") and not _is_mask(each["segmentation"], sizes[each["image_id"]]):
             fault = "has a segmentation that is neither polygons of three points and more nor an RLE of its image's size"
+        elif "area" in each and not _is_number(each["area"]):
+            fault = f"has the area {each['area']!r:.80}; it should be a number of pixels"
         elif "keypoints" in each and not _are_points(each["keypoints"]):
             fault = "has keypoints that are not x, y, visibility of each"
         if fault:
