@@ -63,7 +63,7 @@ def verify(
         The report; a damaged model is a report with problems, not an error.
 
     Raises:
-        ModelNotFoundError: (``bentoml.exceptions.NotFound``) There is no such model, or another framework saved it.
+        ModelNotFoundError: (``bentoml.exceptions.NotFound``) There is no model of that tag, or another framework saved it.
         InvalidArgumentError: (``ValueError``) `bento_model` is no tag.
         UnknownDeviceError: (``ValueError``) PyTorch has no such device here.
     """

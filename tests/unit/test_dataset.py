@@ -46,6 +46,14 @@ def test_glob_gives_what_matches_by_name_whatever_its_ending(folder):
     assert names(f"{folder}/b*") == [str(folder / "b/0.webp"), str(folder / "b/3.bmp")]
 
 
+def test_matches_of_a_glob_are_files_whatever_their_names(tmp_path, monkeypatch):
+    """Not the list on stdin, or an address."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("-", "data:1.jpg"):
+        (tmp_path / name).touch()
+    assert [each.file_name for each in Dataset("*")] == ["-", "data:1.jpg"]
+
+
 def test_file_whose_name_looks_like_a_glob_is_itself(tmp_path):
     (tmp_path / "a[1].jpg").write_bytes(JPEG)
     (tmp_path / "a1.jpg").write_bytes(JPEG)

@@ -164,6 +164,12 @@ def defaulted(c=3):
     "function",
     [
         lambda c: nn.ReLU() if c else nn.Identity(),
+        lambda c: nn.GroupNorm(32 if c != 64 else 16, c),
+        lambda c: nn.GroupNorm(16 if c == 64 else 32, c),
+        lambda c: nn.GroupNorm({64: 16}.get(c, 32), c),
+        lambda c, *more: nn.GroupNorm(32, c),
+        lambda c, **more: nn.GroupNorm(32, c),
+        lambda c, *, more=1: nn.GroupNorm(32, c),
         lambda c: nn.GroupNorm(c, 32),
         lambda c: nn.GroupNorm(32, c).eval(),
         lambda c: nn.Sequential(nn.BatchNorm2d(c)),
@@ -176,7 +182,7 @@ def defaulted(c=3):
         lambda c: [Keeper(c) for _ in range(2)],
         lambda c: defaulted,
     ],
-    ids=range(12),
+    ids=range(18),
 )
 def test_lambda_that_does_anything_else_is_refused(function):
     with pytest.raises(errors.InvalidArgumentError, match="in place of a lambda"):

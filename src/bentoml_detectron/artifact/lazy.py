@@ -175,7 +175,10 @@ def _as_partial(function: types.FunctionType) -> functools.partial[Any] | None:
     with its own arguments last among the positional ones, in their order, and constants.
     """
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    if function.__closure__ or function.__defaults__ or function.__kwdefaults__ or not names:
+    takes_more = (
+        function.__code__.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) or function.__code__.co_kwonlyargcount
+    )
+    if function.__closure__ or function.__defaults__ or takes_more or not names:
         return None
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], object]] = []
 
@@ -194,6 +197,11 @@ def _as_partial(function: types.FunctionType) -> functools.partial[Any] | None:
         def __bool__(self) -> bool:
             raise TypeError("it decides by its argument")
 
+        def __eq__(self, other: object) -> bool:
+            raise TypeError("it decides by its argument")
+
+        __hash__ = None  # type: ignore[assignment]
+
     known = {name: StandIn(function.__globals__[name]) for name in function.__code__.co_names if name in function.__globals__}
     given = [StandIn(None) for _ in names]
     try:
@@ -206,7 +214,8 @@ def _as_partial(function: types.FunctionType) -> functools.partial[Any] | None:
     prefix = args[: len(args) - len(given)]
     constants = [*prefix, *keywords.values()]
     plain = all(each is None or type(each) in (bool, int, float, str) for each in constants)
-    if list(args[len(prefix) :]) != given or not plain:
+    last = args[len(prefix) :]
+    if len(last) != len(given) or any(one is not other for one, other in zip(last, given, strict=True)) or not plain:
         return None
     return functools.partial(target, *prefix, **keywords)
 

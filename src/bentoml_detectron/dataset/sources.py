@@ -102,15 +102,19 @@ class Dataset:
             raise InvalidArgumentError(f"nothing is fetched; give a path, not {name[:80]!r}", value=name)
         if name == STDIN:
             return self._images(_lines())
-        if Path(name).is_dir():
-            return self._images(_some(name, "no image", _folder(name)))
         if os.path.lexists(name):
-            return self._file(name)
+            return self._existing(name)
         if not glob.has_magic(name):
             raise InvalidArgumentError(f"there is no {name!r}; give a file, a folder or a glob", value=name)
         matches = sorted(glob.iglob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
-        each = (item for match in matches for item in (self._of(match)))
-        return _some(name, "nothing", each)
+        return _some(name, "nothing", (item for match in matches for item in self._existing(match)))
+
+    def _existing(self, name: str) -> Iterator[Item]:
+        if self.categories is not None:
+            raise _not_alone(name)
+        if Path(name).is_dir():
+            return self._images(_some(name, "no image", _folder(name)))
+        return self._file(name)
 
     def _images(self, paths: Iterable[str]) -> Iterator[Item]:
         for path in paths:
