@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bentoml_detectron.artifact.manifest import Dataset
 
 MAX_TOP_K = 10_000
-"""More than any model finds; it bounds what one request can ask for."""
+"""More than any model's own limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _ids(
 
 def _id(given: object, most: int) -> int:
     """An id, of so many classes at most if that is known."""
-    if isinstance(given, int) and not isinstance(given, bool) and given >= 0 and (given < most or not most):
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < (most or 2**31):
         return given
     known = f"from 0 to {most - 1}" if most else "0 and above"
     raise InvalidArgumentError(f"{given!r} is no class; ids are whole numbers {known}", value=given)

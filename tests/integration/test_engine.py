@@ -16,7 +16,14 @@ from PIL import Image
 
 from bentoml_detectron import demo
 from bentoml_detectron.artifact.manifest import Dataset, Input
-from bentoml_detectron.errors import DetectronError, ImageError, InvalidModelError, NotReadyError, OverloadedError
+from bentoml_detectron.errors import (
+    DetectronError,
+    ImageError,
+    InvalidModelError,
+    ModelEndedError,
+    NotReadyError,
+    OverloadedError,
+)
 from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.service.engine import Engine
 
@@ -285,6 +292,70 @@ def test_request_cancelled_while_it_is_decoded_never_reaches_the_model(held):
         engine.close()
 
     asyncio.run(main())
+
+
+def test_image_whose_client_left_before_it_was_decoded_is_not_decoded(held):
+    decoding, go_on, decoded = threading.Event(), threading.Event(), []
+    prepare = held.prepare
+
+    def slowly(image: bytes, *args: Any) -> Any:
+        decoding.set()
+        assert go_on.wait(30)
+        decoded.append(image)
+        return prepare(image, *args)
+
+    async def main() -> None:
+        engine = await started(held)
+        held.prepare = slowly
+        keeping = [asyncio.create_task(engine.predict(IMAGE, held.options())) for _ in range(8)]  # all decoders are busy
+        await asyncio.to_thread(decoding.wait, 30)
+        left = [asyncio.create_task(engine.predict(IMAGE + b" ", held.options())) for _ in range(20)]
+        await asyncio.sleep(0.05)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        go_on.set()
+        held.go.release(8)
+        await asyncio.gather(*keeping)
+        await until(lambda: not engine._encoded)
+        engine.close()
+
+    asyncio.run(main())
+    assert decoded == [IMAGE] * 8
+
+
+def test_model_that_cannot_be_loaded_again_at_once_is_loaded_later(held, monkeypatch):
+    """As where the memory is full for a while; the server would be there, and would never answer."""
+    monkeypatch.setattr("bentoml_detectron.service.engine._PAUSE", 0.05)
+    loads = []
+
+    def load() -> Predictor:
+        loads.append(None)
+        if len(loads) in (2, 3):
+            raise DetectronError("its process has ended while it loaded")
+        return held
+
+    def ends(group: list[Any]) -> None:
+        held.during = lambda group: None
+        raise ModelEndedError("killed")
+
+    held.during = ends
+
+    async def main() -> None:
+        engine = Engine(load, Told(), max_queue=4)
+        async with asyncio.timeout(30):
+            await engine.loaded()
+            held.go.release(2)
+            with pytest.raises(NotReadyError):
+                await engine.predict(IMAGE, held.options())
+            while len(loads) < 4 or engine.predictor is None:
+                await asyncio.sleep(0.01)
+            assert len(await engine.predict(IMAGE, held.options())) > 0
+        assert engine.failure is None
+        engine.close()
+
+    asyncio.run(main())
+    assert len(loads) == 4
 
 
 def test_close_tells_those_who_wait_and_those_who_come(held):

@@ -34,6 +34,11 @@ def test_digits_are_a_name_where_there_is_one_and_an_id_otherwise():
         options(COCO, classes=["3"])
 
 
+def test_ids_have_a_bound_where_the_number_of_classes_is_not_known():
+    with pytest.raises(InvalidArgumentError, match="ids are whole numbers"):
+        options(None, classes=[2**63])
+
+
 def test_empty_list_of_classes_is_no_class():
     assert options(COCO, classes=[]).things == frozenset()
 

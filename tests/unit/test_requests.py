@@ -208,6 +208,13 @@ def test_bad_boundaries_are_400(boundary):
     assert "multipart body" in str(error)
 
 
+@pytest.mark.parametrize("more", [b"; a=b" * 11, b";" * 900])
+def test_part_whose_header_would_take_long_is_400(more):
+    head = b'--b\r\nContent-Disposition: form-data; name="masks"' + more + b"\r\n\r\nrle\r\n--b--\r\n"
+    error = refused(head, b"multipart/form-data; boundary=b", limit=1 << 20)
+    assert (error.error_code, "Content-Disposition" in str(error)) == (400, True)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -217,6 +224,7 @@ def test_bad_boundaries_are_400(boundary):
         ({"score_threshold": "Infinity"}, "score_threshold is 'Infinity'"),
         ({"top_k": "1e400"}, "top_k is '1e400'"),
         ({"top_k": "9" * 6000}, "top_k is '999"),
+        ({"top_k": "301"}, "top_k is 301; a service gives at most 300"),
         ({"masks": "png"}, "masks is 'png'; it is one of rle, polygon, none"),
         ({"masks": '"\\ud800"'}, "masks is '\\ud800'"),
         ({"classes": "[1.5]"}, "classes is '[1.5]'; give names and ids"),

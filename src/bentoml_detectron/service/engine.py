@@ -40,6 +40,8 @@ PIXELS = 32_000_000  # some 30 images of 800x1333, 100 MB
 _GATHER = 0.4
 """Longest wait after a batch, in that batch's time, until as many requests are there as were before its answers."""
 _LONGEST_WAIT = 60  # seconds that Retry-After says at most
+_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+"""Seconds, the first and the longest, between two tries to load a model again whose process ended, as by a full memory."""
 
 
 @dataclass(slots=True, eq=False)
@@ -247,6 +249,8 @@ class Engine:
     def _prepare(self) -> None:
         """Prepares a request in a decoder's thread, which hands on to the model's, so that none waits for the event loop."""
         predictor, image, wanted, job = self._encoded.popleft()  # no arguments: an error's frames would hold them
+        if job.future.done():  # its client left
+            return
         try:
             job.take(predictor.prepare(image, wanted, 0, self._told(job.timing)))
             if job.pixels != job.counted:
@@ -292,6 +296,7 @@ class Engine:
             self._threads.append(thread)
 
     def _work(self) -> None:
+        pause = 0.0  # until it is loaded again where that failed; 0 where it was never loaded
         while not self._ended:
             try:
                 predictor = self._load()
@@ -302,8 +307,15 @@ class Engine:
             except BaseException as exc:  # a model's own code may raise SystemExit
                 if self.is_closed:  # it was not wanted any more
                     return
-                self._fail("the model cannot be loaded", exc)
-                return
+                if not pause:
+                    self._fail("the model cannot be loaded", exc)
+                    return
+                logger.error("the model cannot be loaded again (%s); the next try is in %.0f s", exc, pause)
+                with self._wake:
+                    self._wake.wait_for(lambda: self._ended, pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            pause = _PAUSE
             try:
                 self._serve(_Instance(predictor))
             except ModelEndedError as exc:

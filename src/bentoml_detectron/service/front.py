@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
 
-from bentoml_detectron.errors import NotReadyError, OverloadedError
+from bentoml_detectron.errors import NotReadyError, OverloadedError, RequestError
 from bentoml_detectron.service import gate
 from bentoml_detectron.service.engine import Engine, too_many
 from bentoml_detectron.service.metrics import STAGES, Metrics
@@ -38,6 +38,8 @@ TIMED = ("read", "predict", *STAGES)
 """Stages in ``Server-Timing``; "predict" is all from "decode" to "postprocess", waits for threads included."""
 _OPEN = frozenset(["/ui", "/ui/sample", "/docs.json"])
 """Paths that need no token: a browser's own requests bear none."""
+_MAX_SIDE = 65_500
+"""Of a JPEG, in pixels, after libjpeg."""
 CLIENT_CLOSED = 499
 """Status of a request whose client left before its answer, in metrics and the log: nginx's, which HTTP does not have."""
 
@@ -56,7 +58,7 @@ class Settings:
         max_queue: Most requests that wait or run in a worker; further ones are refused at once.
         max_queue_pixels: Most pixels that they may have in the model, padding included; one image alone may have more. None:
             as many as 8 batches take, or 32 megapixels if that is more.
-        max_held_bytes: Most bytes of bodies that a worker holds, those still arriving included.
+        max_held_bytes: Most bytes of bodies that a worker holds, those still arriving included; at least one body's.
         body_seconds: Most seconds that a body may take to arrive.
         request_seconds: Most seconds from a request's head to its answer; what is still waiting then never reaches the model.
         drain_seconds: For how long a worker that was told to end says so at ``/readyz`` before it takes no more requests.
@@ -233,8 +235,8 @@ class Front:
     async def _predict(self, request: _Request) -> _Answer:
         call, result = await self._found(request)
         start = time.perf_counter()
-        if call.masks == "polygon":
-            text = await self._engine().run(lambda: result.to_json(masks="polygon"))
+        if call.masks == "polygon" or result.panoptic is not None or result.semantic is not None:  # these take long
+            text = await self._engine().run(lambda: result.to_json(masks=call.masks))
         else:
             text = result.to_json(masks=call.masks)
         self._encoded(request, start)
@@ -242,6 +244,10 @@ class Front:
 
     async def _render(self, request: _Request) -> _Answer:
         call, result = await self._found(request)
+        if max(result.image_size) > _MAX_SIDE:
+            raise RequestError(
+                f"the image is more than {_MAX_SIDE:,} pixels long, and JPEG has no more", value=result.image_size
+            )
         start = time.perf_counter()
         content = await self._engine().run(_rendered, call.image, result, self._limits())
         self._encoded(request, start)
@@ -280,7 +286,7 @@ class Front:
         """
         message = await request.receive()
         size = len(message.get("body", b""))
-        limit = self.worker.settings.max_held_bytes
+        limit = max(self.worker.settings.max_held_bytes, self.worker.settings.max_body_bytes)
         if self._held + size > limit:
             raise OverloadedError(f"bodies of other requests take {limit:,} bytes already; ask again soon", value=self._held)
         self._held += size

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter as Counts
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,4 +121,5 @@ def _forget_the_dead() -> None:
     for path in Path(folder).glob("gauge_live*_*.db") if folder else ():
         number = path.stem.rpartition("_")[2]
         if number.isdigit() and not psutil.pid_exists(int(number)):
-            multiprocess.mark_process_dead(int(number), folder)  # type: ignore[no-untyped-call]
+            with suppress(FileNotFoundError):  # another worker does the same
+                multiprocess.mark_process_dead(int(number), folder)  # type: ignore[no-untyped-call]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bentoml_detectron import __version__
-from bentoml_detectron.options import MAX_TOP_K
-from bentoml_detectron.service.requests import MAX_CLASSES
+from bentoml_detectron.service.requests import MAX_CLASSES, MAX_TOP_K
 
 _SCHEMA = "detections.schema.json"
 

@@ -21,6 +21,10 @@ MAX_FIELD = 64 << 10
 """Most bytes of a field that is no image."""
 MAX_PARTS = 2000
 """Most parts of a form; each class may be one."""
+MAX_PARAMETERS = 10
+"""Most semicolons in a part's Content-Disposition, each of which python-multipart takes in Python."""
+MAX_TOP_K = 300
+"""What LVIS asks for; the largest number of masks that a request can have computed on a model whose own limit is lower."""
 MAX_CLASSES = 2000
 MAX_CLASS_NAME = 1000  # characters
 _LARGE_FORM = 1 << 20
@@ -197,11 +201,14 @@ class _Parts:
     def _end(self) -> None:
         from python_multipart.multipart import parse_options_header
 
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        disposition = self._headers.get(b"content-disposition", b"")
+        if disposition.count(b";") > MAX_PARAMETERS:
+            raise RequestError(f"the Content-Disposition of a part has more than {MAX_PARAMETERS} parameters")
+        _, options = parse_options_header(disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")
         content = self._content[0] if len(self._content) == 1 else b"".join(self._content)
         if name == "image":
-            self._take_image(content, is_file=b"filename" in options or b"filename*" in options)
+            self._take_image(content, is_file=b"filename" in options)
         elif name not in FIELDS:
             raise RequestError(f"unknown field {name!r:.100}; there are image, {', '.join(FIELDS)}", value=name)
         elif len(content) > MAX_FIELD:
@@ -233,6 +240,8 @@ def _call(image: bytes, fields: Mapping[str, list[str]]) -> Call:
     if (threshold := _number("score_threshold", fields)) is not None:
         call.options["score_threshold"] = threshold
     if (top_k := _number("top_k", fields)) is not None:
+        if top_k > MAX_TOP_K:
+            raise InvalidArgumentError(f"top_k is {top_k}; a service gives at most {MAX_TOP_K}", value=top_k)
         call.options["top_k"] = int(top_k) if float(top_k).is_integer() else top_k
     if (classes := _classes(fields.get("classes", []))) is not None:
         call.options["classes"] = classes
