@@ -115,12 +115,16 @@ def _settings(model: nn.Module, options: Sequence[Options]) -> _Settings:
     """What finds all that any of the images wants."""
     own = _own(model, (THRESHOLD,))
     threshold = None if own is None else min(own if each.score_threshold is None else each.score_threshold for each in options)
-    own_limit = _own(model, LIMITS)  # negative: none
+    is_other = threshold != own
+    found = _own(model, LIMITS)
+    own_limit = -1 if found is None else int(found)  # negative as Detectron2 has it: none
     limit = max((each.top_k or 0 for each in options), default=0)
-    is_raised = own_limit is not None and 0 <= own_limit < limit
+    is_raised = 0 <= own_limit < limit
     return _Settings(
-        *((None, None) if threshold == own else (threshold, own)),
-        *((limit, int(own_limit)) if own_limit is not None and is_raised else (None, None)),
+        threshold=threshold if is_other else None,
+        own_threshold=own if is_other else None,
+        limit=limit if is_raised else None,
+        own_limit=own_limit if is_raised else None,
     )
 
 

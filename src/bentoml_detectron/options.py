@@ -85,14 +85,14 @@ def _ids(
         if isinstance(each, str):
             found = [i for i, name in enumerate(thing_names) if name == each]
             other = [i for i, name in enumerate(stuff_names) if name == each]
-            if not found and not other and each.isascii() and each.isdigit() and len(each) < 10:
+            if found or other:
+                things.update(found)
+                stuff.update(other)
+            elif each.isascii() and each.isdigit() and len(each) < 10:
                 numbers.add(_id(int(each), most))
-                continue
-            if not found and not other:
+            else:
                 raise InvalidArgumentError(f"the model has no class {each!r}; {_known(each, thing_names + stuff_names)}",
                                            value=each)  # fmt: skip
-            things.update(found)
-            stuff.update(other)
         else:
             numbers.add(_id(each, most))
     return frozenset(things | numbers), frozenset(stuff), frozenset(stuff | numbers)

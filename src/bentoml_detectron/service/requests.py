@@ -241,7 +241,7 @@ def _call(image: bytes, fields: Mapping[str, list[str]]) -> Call:
         call.options["score_threshold"] = threshold
     if (top_k := _number("top_k", fields)) is not None:
         if top_k > MAX_TOP_K:
-            raise InvalidArgumentError(f"top_k is {top_k}; a service gives at most {MAX_TOP_K}", value=top_k)
+            raise InvalidArgumentError(f"top_k is {top_k}; a service takes {MAX_TOP_K} at most", value=top_k)
         call.options["top_k"] = int(top_k) if float(top_k).is_integer() else top_k
     if (classes := _classes(fields.get("classes", []))) is not None:
         call.options["classes"] = classes
