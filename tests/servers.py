@@ -65,6 +65,16 @@ class Server:
         connection.sendall(head.encode() + sent)
         return connection
 
+    def unread(self, path: str, sent: bytes) -> socket.socket:
+        """A connection with a request whose answer is not read."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", self.port))
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {len(sent)}\r\n\r\n"
+        connection.sendall(head.encode() + sent)
+        return connection
+
 
 def free_port() -> int:
     with socket.socket() as each:

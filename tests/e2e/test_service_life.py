@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import re
 import shutil
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from bentoml_detectron import demo
 from servers import Server, started, write_service
@@ -99,6 +102,21 @@ def test_bodies_that_arrive_take_no_more_memory_than_they_may(tight):
         each.close()
     tight.until(lambda: tight.predict(IMAGE).status_code == 200, 30)
     assert tight.predict(b"\xff\xd8\xff" + bytes(1_900_000)).status_code == 400  # what they held is free again
+
+
+def test_answers_that_nobody_reads_take_no_more_memory_than_they_may_and_not_for_ever(tight):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (2400, 2600), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG", quality=25)  # its answer has 4 MB, more than the system keeps
+    assert buffer.tell() < 2_000_000
+    connections = [tight.unread("/render", buffer.getvalue())]
+    tight.until(lambda: "other requests and answers take 3,000,000 bytes already" in tight.predict(IMAGE).text, 20)
+    tight.until(lambda: tight.predict(IMAGE).status_code == 200, 30)
+    assert "a client did not read its answer within 8 seconds; its connection is closed" in tight.log
+    assert "Traceback" not in tight.log
+    assert "ASGI" not in tight.log
+    for each in connections:
+        each.close()
 
 
 def _answer_within(connection: socket.socket, seconds: float) -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bentoml_detectron import demo
@@ -121,3 +122,17 @@ def test_workers_that_cannot_load_make_room(tmp_path, turned_home, failing):
         server.until(lambda: is_ready_for(server, 5))
         assert server.log.count("the model cannot be loaded") == count - 1
         assert {server.predict(IMAGE).status_code for _ in range(20)} == {200}
+
+
+def test_worker_whose_model_ended_makes_room(tmp_path, turned_home):
+    """Until it has loaded it again it would say that it loads, to half of the clients; one in its place does not listen yet."""
+    with several_workers(tmp_path, turned_home, 2) as server:
+        server.until(lambda: server.log.count("is ready") == 2)
+        before = server.workers()
+        (model,) = psutil.Process(min(before)).children()
+        model.kill()
+        server.until(lambda: server.predict(IMAGE).status_code == 503)  # it is noticed by a request
+        server.until(lambda: not before <= server.workers())
+        server.until(lambda: is_ready_for(server, 3))
+        server.until(lambda: server.log.count("is ready") == 3)
+        assert_all_answer(server)

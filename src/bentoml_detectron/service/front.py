@@ -58,9 +58,11 @@ class Settings:
         max_queue: Most requests that wait or run in a worker; further ones are refused at once.
         max_queue_pixels: Most pixels that they may have in the model, padding included; one image alone may have more. None:
             as many as 8 batches take, or 32 megapixels if that is more.
-        max_held_bytes: Most bytes of bodies that a worker holds, those still arriving included; at least one body's.
+        max_held_bytes: Most bytes of bodies that a worker holds, those still arriving included, and answers that their clients
+            have not read; at least one body's. Beyond it a request whose body arrives is refused.
         body_seconds: Most seconds that a body may take to arrive.
-        request_seconds: Most seconds from a request's head to its answer; what is still waiting then never reaches the model.
+        request_seconds: Most seconds from a request's head to its answer; what is still waiting then never reaches the model. A
+            client has as long again to read the answer.
         drain_seconds: For how long a worker that was told to end says so at ``/readyz`` before it takes no more requests.
         token: What requests must bear as ``Authorization: Bearer ...``; None: nothing.
         trust_remote_code: As in `load_model`.
@@ -146,7 +148,8 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers, or hands on; see ASGI's specification."""
         if scope["type"] == "lifespan":
-            gate.install(scope.get("app"), self._paths, _with_cors(self._refuse), self._is_full)
+            seconds = self.worker.settings.request_seconds
+            gate.install(scope.get("app"), self._paths, _with_cors(self._refuse), self._is_full, seconds)
             gate.parse_by_h11(receive)
         if scope["type"] != "http" or scope["path"] not in self._paths:
             await self.app(scope, receive, send)
@@ -180,7 +183,11 @@ class Front:
         answer.headers.append((b"server-timing", _server_timing(request)))
         if self.worker.draining:  # so that the client's next request finds another worker, and no connection that ends
             answer.headers.append((b"connection", b"close"))
-        await _send(send, answer, head=scope["method"] == "HEAD")
+        self._held += len(answer.body)
+        try:
+            await _send(send, answer, head=scope["method"] == "HEAD")
+        finally:
+            self._held -= len(answer.body)
 
     async def _answer(self, request: _Request) -> _Answer:
         scope = request.scope
@@ -288,7 +295,7 @@ class Front:
         size = len(message.get("body", b""))
         limit = max(self.worker.settings.max_held_bytes, self.worker.settings.max_body_bytes)
         if self._held + size > limit:
-            raise OverloadedError(f"bodies of other requests take {limit:,} bytes already; ask again soon", value=self._held)
+            raise OverloadedError(f"other requests and answers take {limit:,} bytes already; ask again soon", value=self._held)
         self._held += size
         request.held += size
         return message

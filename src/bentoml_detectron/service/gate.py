@@ -4,6 +4,7 @@
 - Each path that is asked for becomes a label of BentoML's metrics, and stays one, also that of a static file that is not there.
 - A request that has both a length and chunks may end elsewhere for a proxy than for the server, which would take what is behind
   it for another request.
+- What a client does not read of its answer stays in memory, for as long as it likes.
 - Which parser of HTTP uvicorn takes depends on what else is installed.
 - Starlette's routes also match a path with a line end behind it, so that ``/predict%0a`` would pass by this package's
   middleware and reach BentoML's handler, which fetches URLs. The handlers are taken out.
@@ -23,6 +24,7 @@ from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
 
 from bentoml_detectron.service import middlewares
+from bentoml_detectron.service.sending import patiently
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -40,13 +42,20 @@ class Gate:
     """
 
     def __init__(
-        self, app: App, router: Starlette, paths: Collection[str], refusal: App, is_full: Callable[[Scope], bool]
+        self,
+        app: App,
+        router: Starlette,
+        paths: Collection[str],
+        refusal: App,
+        is_full: Callable[[Scope], bool],
+        seconds: float,
     ) -> None:
         self._app = app
         self._router = router
         self._paths = paths
         self._refusal = refusal
         self._is_full = is_full
+        self._seconds = seconds
         self._refusals = middlewares.Refusals(app)
         self._files = {file for route in router.routes for file in _static_files(route)}
 
@@ -60,6 +69,8 @@ class Gate:
             self._refusals.add(scope["path"])
             await self._refusal(scope, receive, send)
             return
+        if scope["type"] == "http":
+            send = patiently(send, self._seconds)
         if scope["type"] in ("http", "websocket"):
             scope["headers"] = [(name, _utf8(value)) for name, value in scope["headers"]]
         if scope["type"] == "http" and not self._is_known(scope):
@@ -86,7 +97,7 @@ class Gate:
         access.info("%s (scheme=%s,method=%s,path=%s) (status=%d)", *told)
 
 
-def install(router: Any, paths: Collection[str], refusal: App, is_full: Callable[[Scope], bool]) -> None:
+def install(router: Any, paths: Collection[str], refusal: App, is_full: Callable[[Scope], bool], seconds: float) -> None:
     """Puts a gate around a BentoML app whose middlewares are made already, as they are when it starts.
 
     Args:
@@ -94,11 +105,12 @@ def install(router: Any, paths: Collection[str], refusal: App, is_full: Callable
         paths: Those that this package's middleware answers.
         refusal: Answers a request with 503 as that middleware would, where too many wait already.
         is_full: Whether that is so, and the middleware would refuse the request for no other reason.
+        seconds: Most that a client may take to read its answer.
     """
     if isinstance(router, Starlette) and router.middleware_stack is not None:
         middlewares.make_lean(router.middleware_stack)
         router.router.routes = [route for route in router.routes if getattr(route, "name", None) not in OURS]
-        router.middleware_stack = Gate(router.middleware_stack, router, paths, refusal, is_full)
+        router.middleware_stack = Gate(router.middleware_stack, router, paths, refusal, is_full, seconds)
 
 
 def parse_by_h11(receive: Any) -> None:

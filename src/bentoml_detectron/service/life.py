@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from bentoml_detectron.service.engine import Engine
 
 _POLL = 0.02
-"""Seconds between two looks at whether a worker may listen."""
+"""Seconds between two looks at whether a worker may listen, or has its model."""
 REST_SECONDS = 5.0
 _FLOCK = "hhqqi"  # fcntl.h's struct flock, on 64-bit Linux
 _PAUSE = 1.0
-"""Least seconds between two looks at the workers, so that one that ends as it begins is not started all the time."""
+"""Seconds between two looks at whether a worker that listens has its model; least seconds between two at the workers, so that
+one that ends as it begins is not started all the time."""
 
 
 async def give_back_at_rest(engine: Engine, seconds: float = REST_SECONDS) -> None:
@@ -83,8 +84,8 @@ async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bo
 
     Workers share a socket, and whoever listens gets requests, ``/readyz`` among them. So of those that start together one
     listens at once, to say that the model is being loaded. Any other listens when its own model is loaded, and the first one's
-    is, too, or the first one is gone. If its model cannot be loaded, it does not listen while another one does, and where
-    it listens already, it ends when another is ready.
+    is, too, or the first one is gone. One that listens and has no model, as that cannot be loaded or its process has ended,
+    ends where another is ready; the one in its place waits for its turn.
 
     The file's lock is the first one's alone while it loads, and shared by those that are ready. It ends with their processes.
 
@@ -96,34 +97,43 @@ async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bo
     file = _turns_file(service)
     if file is None:
         return
-    if _locks(file, fcntl.LOCK_EX):
-        _share_when_loaded(file, engine)
+    is_first = _locks(file, fcntl.LOCK_EX)
+    if not is_first:
+        await engine.loaded()
+        while not _locks(file, fcntl.LOCK_SH if engine.failure is None else fcntl.LOCK_EX) and not is_ending():
+            await asyncio.sleep(_POLL)
+    _keep_turn(file, engine, is_ending, is_first)
+
+
+def _keep_turn(file: int, engine: Engine, is_ending: Callable[[], bool], is_loading: bool) -> None:
+    """Has the lock say what a worker that listens has, from now on.
+
+    Args:
+        file: Of the lock.
+        engine: The worker's.
+        is_ending: As in `wait_for_turn`.
+        is_loading: Whether it loads its model for the first time, and the lock is its own.
+    """
+    seconds = _PAUSE
+    if is_ending():
         return
-    await engine.loaded()
-    while not _locks(file, fcntl.LOCK_SH if engine.failure is None else fcntl.LOCK_EX) and not is_ending():
-        await asyncio.sleep(_POLL)
-    if engine.failure is not None and not is_ending():
-        _leave_to_others(file)
-
-
-def _share_when_loaded(file: int, engine: Engine) -> None:
-    if engine.failure is not None:
-        _leave_to_others(file)
-    elif engine.predictor is not None:
-        fcntl.lockf(file, fcntl.LOCK_SH)  # at no moment is it free
+    if engine.predictor is not None:
+        _locks(file, fcntl.LOCK_SH)  # in place of one that is its own, if so: at no moment is there none
+        is_loading = False
+    elif is_loading and engine.failure is None:
+        seconds = _POLL
     else:
-        asyncio.get_running_loop().call_later(_POLL, _share_when_loaded, file, engine)
+        fcntl.lockf(file, fcntl.LOCK_UN)
+        if _is_another_ready(file):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+    asyncio.get_running_loop().call_later(seconds, _keep_turn, file, engine, is_ending, is_loading)
 
 
-def _leave_to_others(file: int) -> None:
-    """Ends this worker, which listens and has no model, once another is ready. The one in its place will wait for its turn."""
-    fcntl.lockf(file, fcntl.LOCK_UN)
+def _is_another_ready(file: int) -> bool:
     # What stands against a lock for itself alone: that of one that loads is such a one, too, those of ready ones are shared.
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    if struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] == fcntl.F_RDLCK:
-        os.kill(os.getpid(), signal.SIGTERM)
-    else:
-        asyncio.get_running_loop().call_later(_PAUSE, _leave_to_others, file)
+    return bool(struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] == fcntl.F_RDLCK)
 
 
 def _turns(service: str) -> str:

@@ -1,0 +1,161 @@
+"""Answers that clients read slowly, or never; on a server of its own, the same as BentoML's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from bentoml_detectron.service.sending import PIECE, patiently
+
+BODY = bytes(range(256)) * (8 << 12)
+"""8 MB, many times what the system's buffers take."""
+SECONDS = 1.0
+
+
+class App:
+    """Answers each request with the body, and notes how long that took and what the server kept of it."""
+
+    def __init__(self, body: bytes, seconds: float = SECONDS) -> None:
+        self.body = body
+        self.seconds = seconds
+        self.largest = 0
+        self.ended = threading.Event()
+        self.transports: list[Any] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        transport = send.__self__.transport
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        self.transports.append(transport)
+
+        async def watched(message: Any) -> None:
+            await send(message)
+            self.largest = max(self.largest, transport.get_write_buffer_size())
+
+        watched.__dict__["__self__"] = send.__self__
+        answer = patiently(watched, self.seconds)
+        await answer({"type": "http.response.start", "status": 200, "headers": [(b"x-length", b"%d" % len(self.body))]})
+        await answer({"type": "http.response.body", "body": self.body})
+        self.ended.set()
+
+
+@contextlib.contextmanager
+def served(app: App) -> Iterator[int]:
+    config = uvicorn.Config(app, port=0, http=H11Protocol, lifespan="off", log_config=None, timeout_keep_alive=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+def asked(port: int) -> socket.socket:
+    """A connection with a small buffer on which a request was sent."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(20)
+    client.connect(("127.0.0.1", port))
+    client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    return client
+
+
+def is_over(client: socket.socket) -> bool:
+    """Whether a connection ends, once what is there is read."""
+    with contextlib.suppress(ConnectionResetError):
+        while client.recv(1 << 20):
+            pass
+    return True
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 15
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
+
+
+def test_a_large_answer_arrives_whole_and_the_server_keeps_a_piece_of_it() -> None:
+    app = App(BODY, seconds=30)
+    with served(app) as port, asked(port) as client:
+        time.sleep(0.5)  # it is slow, too
+        found = bytearray()
+        while not found.endswith(b"0\r\n\r\n"):
+            found += client.recv(1 << 20)
+    chunks, content = bytes(found).partition(b"\r\n\r\n")[2], bytearray()
+    while chunks:
+        size, _, chunks = chunks.partition(b"\r\n")
+        content += chunks[: int(size, 16)]
+        chunks = chunks[int(size, 16) + 2 :]
+    assert bytes(content) == BODY
+    assert PIECE / 4 < app.largest < 2 * PIECE
+
+
+def test_without_it_the_server_keeps_most_of_an_answer_that_is_not_read() -> None:
+    """The test's own control: what it looks at is the buffer that grows."""
+    app = App(b"")
+
+    async def plain(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": BODY})
+        app.largest = send.__self__.transport.get_write_buffer_size()
+        app.ended.set()
+
+    with served(plain) as port, asked(port):  # type: ignore[arg-type]
+        assert app.ended.wait(20)
+    assert app.largest > len(BODY) / 2
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    app = App(BODY)
+    with caplog.at_level(logging.INFO), served(app) as port, asked(port) as client:
+        assert app.ended.wait(20)
+        assert eventually(lambda: not app.transports[0].get_write_buffer_size())
+        assert is_over(client)
+    assert "did not read its answer within 1 seconds" in caplog.text
+    assert "ASGI" not in caplog.text  # such as "ASGI callable returned without completing response"
+
+
+def test_a_client_that_does_not_read_the_end_of_its_answer_is_cut_off() -> None:
+    app = App(BODY[:PIECE])
+    with served(app) as port, asked(port):
+        assert eventually(lambda: app.largest > PIECE / 2)
+        assert app.ended.wait(20)
+        assert eventually(lambda: not app.transports[0].get_write_buffer_size())
+
+
+def test_without_a_server_s_transport_an_answer_that_is_not_taken_is_an_error() -> None:
+    async def never(message: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def ask() -> None:
+        await patiently(never, 0.05)({"type": "http.response.body", "body": b"x"})
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(ask())
+
+
+def test_the_sender_s_own_timeout_is_not_taken_for_the_client_s() -> None:
+    async def fails(message: Any) -> None:
+        raise TimeoutError("another's")
+
+    async def ask() -> None:
+        await patiently(fails, 60)({"type": "http.response.body", "body": b"x"})
+
+    with pytest.raises(TimeoutError, match="another's"):
+        asyncio.run(ask())
