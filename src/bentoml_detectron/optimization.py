@@ -11,22 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from bentoml import Model, Tag
 
-from bentoml_detectron import engines, selftest, store
+from bentoml_detectron import store
 from bentoml_detectron.errors import InvalidArgumentError, OptimizationError
 from bentoml_detectron.images import ImageLike
-from bentoml_detectron.model import load, module_of
-from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.results import Detections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bentoml_detectron.engines import Precision
+    from bentoml_detectron.predictor import Predictor
 
 _T = TypeVar("_T")
 Track: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Gives the items on that it is given, and shows how many of them are done under a title."""
-Measure: TypeAlias = Callable[[Predictor], Mapping[str, float]]
+Measure: TypeAlias = "Callable[[Predictor], Mapping[str, float]]"
 
 METADATA = "optimization"
 """Under what BentoML's metadata of the new model hold the report."""
@@ -112,9 +111,15 @@ def optimize(
     """
     if not images:
         raise InvalidArgumentError("there are no images to calibrate on; give some as the model will see them", value=0)
-    engines.check("int8")
     store.check_new(name)
     found = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
+
+    # What may be wrong with these is said before PyTorch is imported, which takes seconds.
+    from bentoml_detectron import engines
+    from bentoml_detectron.model import load, module_of
+    from bentoml_detectron.predictor import Predictor
+
+    engines.check("int8")
     saved = store.open_model(found, trust_remote_code=trust_remote_code, trusted=trusted)
     store.manifest_of(found, saved)  # or all would be for nothing
     module = module_of(load(saved, "cpu"))
@@ -250,4 +255,6 @@ def _ious(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.fl
 
 def _classes(found: Detections) -> NDArray[Any] | None:
     """The class of each pixel, where there is a map."""
+    from bentoml_detectron import selftest
+
     return found.semantic if found.panoptic is None else selftest.panoptic_classes(found)

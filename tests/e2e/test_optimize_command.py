@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bentoml_detectron import demo, engines
+from support import run_python
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,3 +65,28 @@ def test_errors_are_one_line(digits_home, tmp_path, monkeypatch, arguments, mess
     assert failed.returncode == 1
     assert failed.stderr.count("\n") == 1
     assert message in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["verify", "nobody"], "no Models with name 'nobody' exist"),
+        (["optimize", "nobody:1", "--calibration", "IMAGES", "--name", "new"], "'nobody:1' is not found"),
+        (["optimize", "nobody:1", "--calibration", "IMAGES", "--name", "a new one"], "'a new one' is no tag"),
+        (["optimize", "nobody:1", "--calibration", "no such folder", "--name", "new"], "no such folder"),
+    ],
+)
+def test_what_is_wrong_with_arguments_is_said_before_pytorch_is_imported(arguments, why):
+    """Which takes seconds."""
+    given = [str(demo.images()[0].parent) if each == "IMAGES" else each for each in arguments]
+    code = f"""
+import sys
+from bentoml_cli.cli import cli
+try:
+    cli(["detectron", *{given!r}])
+except SystemExit as exc:
+    print(exc.code, "torch" in sys.modules)
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["1", "False"]
+    assert why in done.stderr

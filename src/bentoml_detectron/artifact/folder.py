@@ -150,11 +150,12 @@ def copy_calibrated(
     Raises:
         CorruptFileError: A file of the source is damaged.
     """
-    for name in sorted(content.files.keys() - {"model.yaml"}):
+    copied = {name: due for name, due in content.files.items() if name != "model.yaml"}
+    for name in copied:
         manifest.check_file(source, name, content)  # before it is followed anywhere
         shutil.copyfile(source / name, folder / name)
         manifest.check_file(folder, name, content)
-    listed = {path.name: manifest.record(folder, path.name) for path in sorted(folder.iterdir())}
+    listed = {"model.yaml": manifest.record(folder, "model.yaml"), **copied}
     changed = Manifest.model_validate({**content.model_dump(), "calibration": dict(calibration), "files": listed})
     (folder / manifest.MANIFEST).write_bytes(manifest.dump(changed))
 

@@ -46,22 +46,14 @@ def command(
       bentoml detectron optimize mask_rcnn:latest --calibration photos/ --annotations val.json --name mask_rcnn_int8
       bentoml detectron serve mask_rcnn_int8:latest --precision int8
     """
-    from bentoml_detectron import store
     from bentoml_detectron.dataset.sources import Dataset
-
-    # What may be wrong with the arguments is said before PyTorch is imported, which takes seconds.
-    images = [each.file_name for each in Dataset(calibration)]
-    store.check_new(name)
-    source = store.get(tag)
-    measure = None if annotations is None else _measure(annotations, Path(calibration))
-
     from bentoml_detectron.optimization import optimize
 
     model, report = optimize(
-        source,
-        images,
+        tag,
+        [each.file_name for each in Dataset(calibration)],
         name=name,
-        measure=measure,
+        measure=None if annotations is None else _measure(annotations, Path(calibration)),
         force=force,
         trust_remote_code=trust_remote_code,
         trusted=trusted,
