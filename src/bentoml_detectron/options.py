@@ -81,13 +81,12 @@ def _ids(
     stuff: set[int] = set()
     numbers: set[int] = set()
     most = max(len(thing_names), len(stuff_names))
+    thing_places, stuff_places = _places(thing_names), _places(stuff_names)
     for each in classes:
         if isinstance(each, str):
-            found = [i for i, name in enumerate(thing_names) if name == each]
-            other = [i for i, name in enumerate(stuff_names) if name == each]
-            if found or other:
-                things.update(found)
-                stuff.update(other)
+            if each in thing_places or each in stuff_places:
+                things.update(thing_places.get(each, ()))
+                stuff.update(stuff_places.get(each, ()))
             elif each.isascii() and each.isdigit() and len(each) < 10:
                 numbers.add(_id(int(each), most))
             else:
@@ -96,6 +95,14 @@ def _ids(
         else:
             numbers.add(_id(each, most))
     return frozenset(things | numbers), frozenset(stuff), frozenset(stuff | numbers)
+
+
+def _places(names: list[str]) -> dict[str, list[int]]:
+    """Ids by name, of which a dataset may have one several times."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    return places
 
 
 def _id(given: object, most: int) -> int:

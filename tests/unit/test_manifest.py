@@ -68,6 +68,24 @@ def test_another_spelling_of_the_same_is_refused(tmp_path):
         manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize(("number", "is_id"), [(2**63 - 1, True), (-(2**63), True), (2**63, False), (-(2**63) - 1, False)])
+def test_ids_have_64_bits(tmp_path, number, is_id):
+    """Of larger ones, as many as fit into a manifest can have the same hash."""
+    original = manifest.Manifest(
+        format=1, kind="module", config="yacs", config_tuples=[], registry_entries=[], versions={}, files={},
+        dataset=manifest.Dataset(name="x", thing_dataset_id_to_contiguous_id={7: 0}),
+        input=manifest.Input(format="BGR", min_size_test=1, max_size_test=2),
+    )  # fmt: skip
+    forged = original.model_dump(mode="json")
+    forged["dataset"]["thing_dataset_id_to_contiguous_id"] = {str(number): 0}
+    (tmp_path / manifest.MANIFEST).write_bytes(manifest.spell(forged))
+    if is_id:
+        assert manifest.read(tmp_path).dataset.thing_dataset_id_to_contiguous_id == {number: 0}
+    else:
+        with pytest.raises(errors.CorruptFileError, match="is no manifest"):
+            manifest.read(tmp_path)
+
+
 def test_records_what_is_in_a_file(tmp_path):
     import hashlib
 

@@ -24,7 +24,8 @@ _ZEROS = "0" * 64
 _Name = Annotated[str, Field(max_length=1000)]
 _Names = Annotated[list[_Name], Field(max_length=100_000)]
 _Colors = Annotated[list[tuple[int, int, int]], Field(max_length=100_000)]
-_Ids = Annotated[dict[int, int], Field(max_length=100_000)]
+_Id = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # larger ones may all have one hash, so that a dict takes minutes
+_Ids = Annotated[dict[_Id, _Id], Field(max_length=100_000)]
 _Hex128 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 _Hex256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
