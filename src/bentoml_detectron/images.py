@@ -101,10 +101,13 @@ _TEXTS = (
     (b"uklgr", "base64 text; give the bytes inside"),
 )
 
+MAX_SIDE = 65_500
+"""Most pixels along a side of an image, in any format: libjpeg's limit, so that a picture can be drawn on it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an image may have at most.
+    """What an image may have at most, besides sides of `MAX_SIDE`.
 
     Attributes:
         max_pixels: Width times height.
@@ -200,6 +203,10 @@ def _check_array(array: NDArray[Any], index: int) -> None:
 def _check_size(width: int, height: int, limits: Limits, index: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{width} x {height} pixels are no image", index=index, value=(width, height))
+    if max(width, height) > MAX_SIDE:
+        raise ImageTooLargeError(
+            f"{width} x {height} pixels: a side has {MAX_SIDE:,} at most; cut it in pieces", index=index, value=(width, height)
+        )
     if width * height > limits.max_pixels:
         raise ImageTooLargeError(
             f"{width} x {height} pixels are more than max_pixels, {limits.max_pixels:,}; scale it down",

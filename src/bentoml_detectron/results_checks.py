@@ -13,7 +13,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.masks import RLE
 
 MAX_SIDE = 1 << 16
-"""Most pixels of an image's side; JPEG's own limit."""
+"""Most pixels of an image's side; a little more than `images` takes, whose limit is libjpeg's."""
 
 
 def array(name: str, value: Any, dtype: type[np.generic], shape: tuple[int | None, ...]) -> NDArray[Any]:

@@ -524,6 +524,19 @@ def test_the_limits_are_inclusive(name, tmp_path):
         assert caught.value.value == (23, 17)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "array", "picture"])
+@pytest.mark.parametrize("size", [(65_501, 1), (1, 65_501)])
+def test_no_side_is_longer_than_results_and_jpegs_can_be(kind, size):
+    picture, buffer = Image.new("RGB", size), io.BytesIO()
+    given = {"array": np.asarray(picture), "picture": picture}.get(kind)
+    if given is None:
+        picture.save(buffer, kind)
+        given = buffer.getvalue()
+    with pytest.raises(errors.ImageTooLargeError, match=f"{size[0]} x {size[1]} pixels: a side has 65,500 at most"):
+        load(given)
+    assert load(Image.new("RGB", (65_500, 1))).shape == (1, 65_500, 3)
+
+
 def test_the_size_of_a_memoryview_is_its_bytes():
     with pytest.raises(errors.ImageTooLargeError):
         load(memoryview(np.zeros(100, np.int64)), Limits(max_bytes=799))

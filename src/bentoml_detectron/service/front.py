@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
 
-from bentoml_detectron.errors import NotReadyError, OverloadedError, RequestError
+from bentoml_detectron.errors import NotReadyError, OverloadedError
 from bentoml_detectron.service import gate
 from bentoml_detectron.service.engine import Engine, too_many
 from bentoml_detectron.service.metrics import STAGES, Metrics
@@ -38,8 +38,6 @@ TIMED = ("read", "predict", *STAGES)
 """Stages in ``Server-Timing``; "predict" is all from "decode" to "postprocess", waits for threads included."""
 _OPEN = frozenset(["/ui", "/ui/sample", "/docs.json"])
 """Paths that need no token: a browser's own requests bear none."""
-_MAX_SIDE = 65_500
-"""Of a JPEG, in pixels, after libjpeg."""
 CLIENT_CLOSED = 499
 """Status of a request whose client left before its answer, in metrics and the log: nginx's, which HTTP does not have."""
 
@@ -251,10 +249,6 @@ class Front:
 
     async def _render(self, request: _Request) -> _Answer:
         call, result = await self._found(request)
-        if max(result.image_size) > _MAX_SIDE:
-            raise RequestError(
-                f"the image is more than {_MAX_SIDE:,} pixels long, and JPEG has no more", value=result.image_size
-            )
         start = time.perf_counter()
         content = await self._engine().run(_rendered, call.image, result, self._limits())
         self._encoded(request, start)
