@@ -150,6 +150,34 @@ def test_narrow_maps_in_bf16(size, how, relu, adds):
 
 
 @needs_bf16
+def test_biases_that_are_kept_are_those_that_are_added():
+    head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), Conv2d(4, 2, 1)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.inference_mode():
+        due = head(x)
+        fused = fusion.fuse(copy.deepcopy(head))
+        fusion.keep_float_biases(fused)
+        for each in fused.modules():
+            if getattr(each, "bias", None) is not None:
+                each.bias = nn.Parameter(torch.full_like(each.bias, torch.nan), requires_grad=False)
+        torch.testing.assert_close(fused(x), due, atol=1e-5, rtol=1e-4)
+
+
+@needs_bf16
+def test_biases_are_not_rounded_to_bf16():
+    """Of which little is left when the sums are added, as where a norm's mean is in them."""
+    if not fusion.adds_float_biases():
+        pytest.skip("this PyTorch adds biases of the convolutions' own type alone")
+    conv = nn.Conv2d(16, 16, 1).eval()
+    due = torch.arange(16) * 2**-12
+    conv.weight.data, conv.bias.data = torch.full_like(conv.weight, -1 / 16), 1 + due
+    fused = fusion.fuse(nn.Sequential(conv, nn.ReLU()))
+    fusion.keep_float_biases(fused)
+    with torch.inference_mode():
+        found = fused.to(torch.bfloat16)(torch.ones(1, 16, 5, 7, dtype=torch.bfloat16))
+    assert torch.equal(found.float(), due[None, :, None, None].expand(1, 16, 5, 7))
+
+
 def test_narrow_maps_keep_their_own_statistics():
     """The column that is left out takes no part in a norm."""
     torch.manual_seed(0)

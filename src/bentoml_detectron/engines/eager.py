@@ -36,6 +36,8 @@ def compiled(
         fusion.fuse(graph)
         if dtype == torch.float32 and calibration is None:
             winograd.speed_up(graph)
+        if dtype == torch.bfloat16 and fusion.adds_float_biases():
+            fusion.keep_float_biases(graph)
     if calibration is not None:
         int8.quantize_convolutions(graph.module, graph.place, calibration, dtype, chained, keeps)
     graph = graph.to(dtype).to(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ map can take as long as the convolution that made it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -25,7 +25,7 @@ Computes: TypeAlias = Callable[[Any, bool, Any], Any]
 """Computes a convolution of its first argument, rectified or not, plus the third, which may be overwritten."""
 CONVOLUTIONS = (Conv2d, nn.Conv2d)
 """Detectron2's and PyTorch's; subclasses may compute something else."""
-_COMPUTES, _PACKED = "_computes", "_packed"  # attributes of convolutions
+_COMPUTES, _PACKED, _BIAS = "_computes", "_packed", "_float_bias"  # attributes of convolutions
 _LAYOUTS = 2
 """Of a convolution's weights that are kept beside the plain ones."""
 _BLOCKS = (BasicBlock, BottleneckBlock)
@@ -103,6 +103,30 @@ def is_skipped(module: Any) -> bool:
 def is_fused(module: Any) -> bool:
     """Whether a module's convolutions do what follows them."""
     return isinstance(module.forward, partial)
+
+
+@lru_cache
+def adds_float_biases() -> bool:
+    """Whether a convolution in bf16 may add a bias in float32 to its sums, which are float32, too."""
+    x, weight = torch.ones(1, 16, 2, 2, dtype=torch.bfloat16), torch.full((16, 16, 1, 1), -1 / 16, dtype=torch.bfloat16)
+    bias = torch.full((16,), 1 + 2**-12)  # 1, in bf16
+    try:
+        with torch.inference_mode():
+            y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
+    except RuntimeError:
+        return False
+    return bool((y == 2**-12).all())
+
+
+def keep_float_biases(module: nn.Module) -> None:
+    """Lets fused convolutions add their biases in float32, also when all else is bf16 from now on.
+
+    A norm's mean, which a bias has in it, may be many times what is left when it is taken away. A rounding of it is the same on
+    all of a map, and does not average out as that of its pixels does.
+    """
+    for conv in module.modules():
+        if type(conv) in CONVOLUTIONS and isinstance(conv.bias, torch.Tensor):
+            conv.__dict__[_BIAS] = conv.bias.detach().float().clone()
 
 
 def compute_by(conv: nn.Module, computes: Computes) -> None:
@@ -201,7 +225,7 @@ def in_floats(conv: Any, x: torch.Tensor, relu: bool, add: torch.Tensor | None) 
         y = in_floats(conv, _with_another(conv, x), relu, None if add is None else functional.pad(add, (0, 1)))
         return _first_column(y)
     packed: Packed = conv.__dict__.get(_PACKED) or conv.__dict__.setdefault(_PACKED, _packed(conv))
-    how = (packed.of(x.shape), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    how = (packed.of(x.shape), conv.__dict__.get(_BIAS, conv.bias), conv.padding, conv.stride, conv.dilation, conv.groups)
     result: torch.Tensor
     if add is None:
         result = torch.ops.mkldnn._convolution_pointwise(x, *how, "relu" if relu else "none", [], "")
