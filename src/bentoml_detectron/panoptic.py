@@ -90,7 +90,7 @@ class PanopticSegmentation:
             raise InvalidArgumentError(f"panoptic.ids holds ids other than 0 and those of its segments, {known}", value=known)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PanopticSegmentation, (self.ids, self.segments)
+        return checks.restored, (PanopticSegmentation, self.ids, self.segments)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PanopticSegmentation):

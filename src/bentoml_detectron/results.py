@@ -88,7 +88,7 @@ class Detections:
             _check_panoptic(self.panoptic, count, size)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Detections, tuple(getattr(self, each.name) for each in fields(self))
+        return checks.restored, (Detections, *(getattr(self, each.name) for each in fields(self)))
 
     def __len__(self) -> int:
         return len(self.scores)

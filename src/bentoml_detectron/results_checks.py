@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,20 @@ from numpy.typing import NDArray
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.masks import RLE
 
+_T = TypeVar("_T")
+
 MAX_SIDE = 1 << 16
 """Most pixels of an image's side; a little more than `images` takes, whose limit is libjpeg's."""
+
+
+def restored(kind: type[_T], *values: Any) -> _T:
+    """A copy of a dataclass by its fields' values, which were checked when the one that it is of was made: as of a pickle."""
+    made = object.__new__(kind)
+    for each, value in zip(fields(kind), values, strict=True):  # type: ignore[arg-type]
+        if isinstance(value, np.ndarray) and value.flags.writeable:  # a pickle does not say that it cannot be written
+            value.flags.writeable = False
+        object.__setattr__(made, each.name, value)
+    return made
 
 
 def array(name: str, value: Any, dtype: type[np.generic], shape: tuple[int | None, ...]) -> NDArray[Any]:
