@@ -106,6 +106,21 @@ def test_a_large_answer_arrives_whole_and_the_server_keeps_a_piece_of_it() -> No
     assert PIECE / 4 < app.largest < 2 * PIECE
 
 
+@pytest.mark.parametrize("length", [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 1])
+@pytest.mark.parametrize("more", [False, True])
+def test_pieces_are_the_whole(length, more):
+    sent: list[Any] = []
+
+    async def take(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(patiently(take, 60)({"type": "http.response.body", "body": BODY[:length], "more_body": more}))
+    assert b"".join(each["body"] for each in sent) == BODY[:length]
+    assert all(each["body"] for each in sent) or length == 0
+    assert max(len(each["body"]) for each in sent) <= PIECE
+    assert [each["more_body"] for each in sent] == [True] * (len(sent) - 1) + [more]
+
+
 def test_without_it_the_server_keeps_most_of_an_answer_that_is_not_read() -> None:
     """The test's own control: what it looks at is the buffer that grows."""
     app = App(b"")
@@ -144,7 +159,7 @@ def test_without_a_server_s_transport_an_answer_that_is_not_taken_is_an_error() 
         await asyncio.sleep(60)
 
     async def ask() -> None:
-        await patiently(never, 0.05)({"type": "http.response.body", "body": b"x"})
+        await patiently(never, 0.05)({"type": "http.response.body", "body": BODY})
 
     with pytest.raises(TimeoutError):
         asyncio.run(ask())
@@ -155,7 +170,7 @@ def test_the_sender_s_own_timeout_is_not_taken_for_the_client_s() -> None:
         raise TimeoutError("another's")
 
     async def ask() -> None:
-        await patiently(fails, 60)({"type": "http.response.body", "body": b"x"})
+        await patiently(fails, 60)({"type": "http.response.body", "body": BODY})
 
     with pytest.raises(TimeoutError, match="another's"):
         asyncio.run(ask())

@@ -61,6 +61,8 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answers 404, or hands on; see ASGI's specification."""
+        if scope["type"] == "http":
+            send = patiently(send, self._seconds)
         if scope["type"] == "http" and {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
             reason = "the request has both Content-Length and Transfer-Encoding; send one of them"
             await self._refuse(scope, send, HTTPStatus.BAD_REQUEST, reason, [(b"connection", b"close")])
@@ -69,8 +71,6 @@ class Gate:
             self._refusals.add(scope["path"])
             await self._refusal(scope, receive, send)
             return
-        if scope["type"] == "http":
-            send = patiently(send, self._seconds)
         if scope["type"] in ("http", "websocket"):
             scope["headers"] = [(name, _utf8(value)) for name, value in scope["headers"]]
         if scope["type"] == "http" and not self._is_known(scope):

@@ -30,15 +30,28 @@ def patiently(send: Send, seconds: float) -> Send:
         seconds: Most that it may take until the system has all of a message, and the client has all but what that keeps.
     """
     transport = getattr(getattr(send, "__self__", None), "transport", None)  # uvicorn's
+    kept = transport.get_write_buffer_size if transport is not None else lambda: 0  # bytes of what was sent
 
     async def send_in_pieces(message: Any) -> None:
+        if not kept() and len(message.get("body", b"")) <= PIECE:
+            await send(message)  # no timer for what need not wait
+        else:
+            await in_time(pieces(message))
+        if message["type"] == "http.response.body" and kept():
+            await in_time(emptied())
+
+    async def pieces(message: Any) -> None:
+        for piece in _pieces(message):
+            await send(piece)
+
+    async def emptied() -> None:
+        while kept():
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def in_time(work: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout(seconds) as timer:
-                for piece in _pieces(message):
-                    await send(piece)
-                if message["type"] == "http.response.body" and transport is not None:
-                    while transport.get_write_buffer_size():
-                        await asyncio.sleep(_LOOK_SECONDS)
+                await work
         except TimeoutError:
             if transport is None or not timer.expired():
                 raise
@@ -50,8 +63,7 @@ def patiently(send: Send, seconds: float) -> Send:
 
 
 def _pieces(message: Any) -> Iterator[Any]:
-    body = message.get("body", b"") if message["type"] == "http.response.body" else b""
-    starts = range(0, max(1, len(body)), PIECE)
-    for start in starts[:-1]:
+    body = message.get("body", b"")
+    for start in range(0, len(body) - PIECE, PIECE):
         yield {**message, "body": body[start : start + PIECE], "more_body": True}
-    yield {**message, "body": body[starts[-1] :]} if len(starts) > 1 else message
+    yield {**message, "body": body[(len(body) - 1) // PIECE * PIECE :]} if len(body) > PIECE else message
