@@ -1,9 +1,10 @@
 """What of bf16's rounding costs the demo model its accuracy, on any processor: float32, rounded where bf16 would round.
 
 Rounded are the weights, norms put into them, of all convolutions and linear layers but the box predictor's, what these take and
-give, blocks' sums and the pyramid's, and what RoIAlign reads and weighs with; once with biases left as they are, once with
-these rounded, too. Features are those of the backbone, on the 20 images that come with the package: error, root mean square,
-by the features' own. AP is that of boxes and masks, in points, on those 20, and on images that the model's training never saw.
+give, blocks' sums and the pyramid's, and what RoIAlign reads and weighs with; once with convolutions' biases left as they are,
+once with these rounded, too. Features are those of the backbone, on the 20 images that come with the package: error, root mean
+square, by the features' own. AP is that of boxes and masks, in points, on those 20, and on images that the model's training
+never saw.
 
 Usage::
 
@@ -50,12 +51,12 @@ def layers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None]]:
 
 
 def in_bf16(model: nn.Module, *, biases: bool) -> nn.Module:
-    """The same model, rounded; `biases`: these, too."""
+    """The same model, rounded; `biases`: those of convolutions, too."""
     model = copy.deepcopy(model)
     for layer, norm in layers(model):
         if norm is None:
             layer.weight.data = rounded(layer.weight.data)
-            if biases and layer.bias is not None:
+            if layer.bias is not None and (biases or isinstance(layer, nn.Linear)):
                 layer.bias.data = rounded(layer.bias.data)
         else:
             scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
@@ -121,7 +122,7 @@ def main() -> None:
     due = features(model, images[:FEW])
     models = {
         "nothing": model,
-        "all but biases": in_bf16(model, biases=False),
+        "all but convolutions' biases": in_bf16(model, biases=False),
         "all": in_bf16(model, biases=True),
     }
     print(f"| rounded | features off by | box AP, {FEW} images | mask AP | box AP, {count} images | mask AP |")

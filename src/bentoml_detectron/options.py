@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,7 +81,8 @@ def _ids(
     stuff: set[int] = set()
     numbers: set[int] = set()
     most = max(len(thing_names), len(stuff_names))
-    thing_places, stuff_places = _places(thing_names), _places(stuff_names)
+    wanted = {each for each in classes if isinstance(each, str)}
+    thing_places, stuff_places = _places(thing_names, wanted), _places(stuff_names, wanted)
     for each in classes:
         if isinstance(each, str):
             if each in thing_places or each in stuff_places:
@@ -97,11 +98,12 @@ def _ids(
     return frozenset(things | numbers), frozenset(stuff), frozenset(stuff | numbers)
 
 
-def _places(names: list[str]) -> dict[str, list[int]]:
-    """Ids by name, of which a dataset may have one several times."""
+def _places(names: list[str], wanted: Collection[str]) -> dict[str, list[int]]:
+    """The ids of those that are wanted, of which a dataset may have one name several times."""
     places: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        places.setdefault(name, []).append(place)
+    for place, name in enumerate(names if wanted else ()):
+        if name in wanted:
+            places.setdefault(name, []).append(place)
     return places
 
 

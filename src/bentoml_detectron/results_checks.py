@@ -20,7 +20,7 @@ MAX_SIDE = 1 << 16
 
 
 def restored(kind: type[_T], *values: Any) -> _T:
-    """A copy of a dataclass by its fields' values, which were checked when the one that it is of was made: as of a pickle."""
+    """Makes a dataclass of its fields' values without checking them: those of one that was made before, as in a pickle."""
     made = object.__new__(kind)
     for each, value in zip(fields(kind), values, strict=True):  # type: ignore[arg-type]
         if isinstance(value, np.ndarray) and value.flags.writeable:  # a pickle does not say that it cannot be written

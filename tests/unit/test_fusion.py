@@ -149,7 +149,6 @@ def test_narrow_maps_in_bf16(size, how, relu, adds):
             torch.testing.assert_close(found.float(), due, atol=0.05, rtol=0.02)
 
 
-@needs_bf16
 def test_biases_that_are_kept_are_those_that_are_added():
     head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2), nn.ReLU(), Conv2d(4, 2, 1)).eval()
     x = torch.randn(1, 3, 8, 8)
@@ -164,20 +163,29 @@ def test_biases_that_are_kept_are_those_that_are_added():
 
 
 @needs_bf16
-def test_biases_are_not_rounded_to_bf16():
-    """Of which little is left when the sums are added, as where a norm's mean is in them."""
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("adds", [False, True])
+def test_biases_are_not_rounded_to_bf16(kernel, adds):
+    """Of which little is left when the sums are added, as where a norm's mean is in them; by layouts that come later, too."""
     if not fusion.adds_float_biases():
         pytest.skip("this PyTorch adds biases of the convolutions' own type alone")
-    conv = nn.Conv2d(16, 16, 1).eval()
+    conv = nn.Conv2d(16, 16, kernel).eval()
     due = torch.arange(16) * 2**-12
-    conv.weight.data, conv.bias.data = torch.full_like(conv.weight, -1 / 16), 1 + due
+    conv.weight.data, conv.bias.data = torch.zeros_like(conv.weight), 1 + due
+    conv.weight.data[:, :, kernel // 2, kernel // 2] = -1 / 16
     fused = fusion.fuse(nn.Sequential(conv, nn.ReLU()))
     fusion.keep_float_biases(fused)
-    with torch.inference_mode():
-        found = fused.to(torch.bfloat16)(torch.ones(1, 16, 5, 7, dtype=torch.bfloat16))
-    assert torch.equal(found.float(), due[None, :, None, None].expand(1, 16, 5, 7))
+    fused.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    for height in (9, 9, 9, 5):
+        x = torch.ones(1, 16, height, 7, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        inside = (height - kernel + 1, 8 - kernel)
+        add = torch.zeros(1, 16, *inside, dtype=torch.bfloat16) if adds else None
+        with torch.inference_mode():
+            found = fusion.convolved(conv, x, relu=True, add=add)
+        assert torch.equal(found.float(), due[None, :, None, None].expand(1, 16, *inside))
 
 
+@needs_bf16
 def test_narrow_maps_keep_their_own_statistics():
     """The column that is left out takes no part in a norm."""
     torch.manual_seed(0)

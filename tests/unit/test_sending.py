@@ -15,11 +15,12 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bentoml_detectron.service.sending import PIECE, patiently
+from bentoml_detectron.service.sending import PIECE, Patience
 
 BODY = bytes(range(256)) * (8 << 12)
 """8 MB, many times what the system's buffers take."""
 SECONDS = 1.0
+REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class App:
@@ -27,7 +28,7 @@ class App:
 
     def __init__(self, body: bytes, seconds: float = SECONDS) -> None:
         self.body = body
-        self.seconds = seconds
+        self.patience = Patience(seconds)
         self.largest = 0
         self.ended = threading.Event()
         self.transports: list[Any] = []
@@ -44,7 +45,7 @@ class App:
             self.largest = max(self.largest, transport.get_write_buffer_size())
 
         watched.__dict__["__self__"] = send.__self__
-        answer = patiently(watched, self.seconds)
+        answer = self.patience.of(watched)
         await answer({"type": "http.response.start", "status": 200, "headers": [(b"x-length", b"%d" % len(self.body))]})
         await answer({"type": "http.response.body", "body": self.body})
         self.ended.set()
@@ -71,7 +72,7 @@ def asked(port: int) -> socket.socket:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(20)
     client.connect(("127.0.0.1", port))
-    client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    client.sendall(REQUEST)
     return client
 
 
@@ -106,6 +107,22 @@ def test_a_large_answer_arrives_whole_and_the_server_keeps_a_piece_of_it() -> No
     assert PIECE / 4 < app.largest < 2 * PIECE
 
 
+def test_a_client_that_asks_on_and_on_and_reads_is_not_cut_off():
+    """With two requests on their way at any time, so that the buffer is never empty for long."""
+    app = App(BODY[: 1 << 20])
+    with served(app) as port, asked(port) as client:
+        client.sendall(REQUEST)
+        end, answers, found = time.monotonic() + 3 * SECONDS, 0, b""
+        while time.monotonic() < end:
+            found += client.recv(1 << 14)
+            if b"\r\n0\r\n\r\n" in found:
+                answers, found = answers + 1, found.partition(b"\r\n0\r\n\r\n")[2]
+                client.sendall(REQUEST)
+            time.sleep(0.0005)
+        assert answers >= 3
+        assert client.recv(1)
+
+
 @pytest.mark.parametrize("length", [0, 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 2 * PIECE + 1])
 @pytest.mark.parametrize("more", [False, True])
 def test_pieces_are_the_whole(length, more):
@@ -114,7 +131,7 @@ def test_pieces_are_the_whole(length, more):
     async def take(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(patiently(take, 60)({"type": "http.response.body", "body": BODY[:length], "more_body": more}))
+    asyncio.run(Patience(60).of(take)({"type": "http.response.body", "body": BODY[:length], "more_body": more}))
     assert b"".join(each["body"] for each in sent) == BODY[:length]
     assert all(each["body"] for each in sent) or length == 0
     assert max(len(each["body"]) for each in sent) <= PIECE
@@ -159,7 +176,7 @@ def test_without_a_server_s_transport_an_answer_that_is_not_taken_is_an_error() 
         await asyncio.sleep(60)
 
     async def ask() -> None:
-        await patiently(never, 0.05)({"type": "http.response.body", "body": BODY})
+        await Patience(0.05).of(never)({"type": "http.response.body", "body": BODY})
 
     with pytest.raises(TimeoutError):
         asyncio.run(ask())
@@ -170,7 +187,7 @@ def test_the_sender_s_own_timeout_is_not_taken_for_the_client_s() -> None:
         raise TimeoutError("another's")
 
     async def ask() -> None:
-        await patiently(fails, 60)({"type": "http.response.body", "body": BODY})
+        await Patience(60).of(fails)({"type": "http.response.body", "body": BODY})
 
     with pytest.raises(TimeoutError, match="another's"):
         asyncio.run(ask())

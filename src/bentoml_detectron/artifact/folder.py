@@ -150,12 +150,11 @@ def copy_calibrated(
     Raises:
         CorruptFileError: A file of the source is damaged.
     """
-    copied = {name: due for name, due in content.files.items() if name != "model.yaml"}
-    for name in copied:
+    for name in sorted(content.files.keys() - {"model.yaml"}):
         manifest.check_file(source, name, content)  # before it is followed anywhere
         shutil.copyfile(source / name, folder / name)
         manifest.check_file(folder, name, content)
-    listed = {"model.yaml": manifest.record(folder, "model.yaml"), **copied}
+    listed = {path.name: manifest.record(folder, path.name) for path in sorted(folder.iterdir())}
     changed = Manifest.model_validate({**content.model_dump(), "calibration": dict(calibration), "files": listed})
     (folder / manifest.MANIFEST).write_bytes(manifest.dump(changed))
 

@@ -24,7 +24,7 @@ from starlette.routing import BaseRoute, Match, Mount
 from starlette.staticfiles import StaticFiles
 
 from bentoml_detectron.service import middlewares
-from bentoml_detectron.service.sending import patiently
+from bentoml_detectron.service.sending import Patience
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -55,14 +55,14 @@ class Gate:
         self._paths = paths
         self._refusal = refusal
         self._is_full = is_full
-        self._seconds = seconds
+        self._patience = Patience(seconds)
         self._refusals = middlewares.Refusals(app)
         self._files = {file for route in router.routes for file in _static_files(route)}
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         """Answers 404, or hands on; see ASGI's specification."""
         if scope["type"] == "http":
-            send = patiently(send, self._seconds)
+            send = self._patience.of(send)
         if scope["type"] == "http" and {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
             reason = "the request has both Content-Length and Transfer-Encoding; send one of them"
             await self._refuse(scope, send, HTTPStatus.BAD_REQUEST, reason, [(b"connection", b"close")])

@@ -71,12 +71,12 @@ def drain_on_sigterm(begin: Callable[[], None], seconds: float) -> None:
         return
 
 
-def share_turns(service: str) -> None:
+def share_turns(service: str) -> int:
     """In the process that starts a service's workers: makes the file by which they know of each other; see `wait_for_turn`.
 
-    It is in memory, and is gone with the process.
+    It is in memory, and is gone with the process, or when its descriptor, which is given back, is closed.
     """
-    os.memfd_create(_turns(service))
+    return os.memfd_create(_turns(service))
 
 
 async def wait_for_turn(service: str, engine: Engine, is_ending: Callable[[], bool]) -> None:
@@ -116,6 +116,7 @@ def _keep_turn(file: int, engine: Engine, is_ending: Callable[[], bool], is_load
     """
     seconds = _PAUSE
     if is_ending():
+        fcntl.lockf(file, fcntl.LOCK_UN)  # or another without a model would leave all to this one
         return
     if engine.predictor is not None:
         _locks(file, fcntl.LOCK_SH)  # in place of one that is its own, if so: at no moment is there none
