@@ -103,6 +103,23 @@ def test_every_family(make, precision, caplog):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("family", "place"), [("Mask R-CNN, FPN", "mask_head"), ("Keypoint R-CNN", "keypoint_head")])
+def test_heads_that_give_maps_take_a_few_boxes_at_once(family, place, monkeypatch):
+    model = built(zoo_config(ZOO[family]))
+    fast = engines.accelerated(model, "fp32")
+    head = parts.Part(f"roi_heads.{place}", "layers")
+    taken, channels_last = [], eager.channels_last
+    monkeypatch.setattr(engines, "_MAPS_AT_ONCE", 3)
+    monkeypatch.setattr(eager, "channels_last", lambda tensor: taken.append(len(tensor)) or channels_last(tensor))
+    for boxes in (0, 1, 3, 4, 7):
+        given = torch.rand(boxes, model.backbone.output_shape()["p2"].channels, 14, 14)
+        taken.clear()
+        with torch.inference_mode():
+            due, found = head.of(model)(given), head.of(fast)(given)
+        assert taken == [3] * (boxes // 3) + [boxes % 3] * (boxes % 3 > 0 or not boxes)
+        torch.testing.assert_close(found, due, atol=1e-4, rtol=1e-3)
+
+
 @every_precision
 def test_all_parts_of_a_mask_rcnn_are_replaced(precision):
     model = built(zoo_config(ZOO["Mask R-CNN, FPN"]))

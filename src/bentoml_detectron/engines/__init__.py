@@ -37,6 +37,8 @@ TOLERANCES = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.05, "int8": 0.8}
 computes something else from rounding, which random weights amplify; what rounding costs a trained model, its AP tells."""
 _SIZE = (160, 192)  # height and width of the image that parts are tried with
 _MOST_ROWS = 8  # boxes
+_MAPS_AT_ONCE = 256
+"""Boxes whose maps a mask or keypoint head computes together: each takes a megabyte on its way."""
 _CPU = torch.device("cpu")
 
 
@@ -309,9 +311,21 @@ def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | No
         return lambda *arguments: own(*into([each.float() for each in tensors(arguments)]))
     # From here on nothing holds the model's own part: its weights would be in memory twice.
     computes, outof = run, rebuild(example.output)
+    gives_maps = not part.sizes and all(each.ndim == 4 for each in tensors(example.output))
 
     def computed(*arguments: Any) -> Any:
-        outputs = computes(tensors(arguments))
+        inputs = tensors(arguments)
+        outputs = _in_pieces(computes, inputs) if gives_maps else computes(inputs)
         return outof(outputs if part.is_backbone and keeps else [each.float() for each in outputs])
 
     return computed
+
+
+def _in_pieces(run: eager.Run, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Runs a head that gives each box a map on some boxes after the others, so that many of them do not take the memory."""
+    count = len(inputs[0])
+    if count <= _MAPS_AT_ONCE:
+        return run(inputs)
+    starts = range(0, count, _MAPS_AT_ONCE)
+    pieces = [run([each[start : start + _MAPS_AT_ONCE] for each in inputs]) for start in starts]
+    return [torch.cat(each) for each in zip(*pieces, strict=True)]
