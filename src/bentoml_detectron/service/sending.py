@@ -1,8 +1,7 @@
 """Answers on their way to clients, which may read them slowly, or never.
 
-uvicorn takes a body at once and keeps what the client has not read, for ever if it never reads: 40 clients who asked for
-answers of 8 MB and read none of them held 186 MB. It waits before each further message until most of the one before is gone, so
-a large body goes out in pieces, in a time that is bounded.
+uvicorn takes a body at once and keeps what the client has not read, for ever if it never reads. It waits before each further
+message until most of the one before is gone, so a large body goes out in pieces, in a time that is bounded.
 """
 
 from __future__ import annotations
