@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import trustme
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -52,8 +54,8 @@ class App:
 
 
 @contextlib.contextmanager
-def served(app: App) -> Iterator[int]:
-    config = uvicorn.Config(app, port=0, http=H11Protocol, lifespan="off", log_config=None, timeout_keep_alive=1)
+def served(app: App, **settings: Any) -> Iterator[int]:
+    config = uvicorn.Config(app, port=0, http=H11Protocol, lifespan="off", log_config=None, timeout_keep_alive=1, **settings)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -66,12 +68,14 @@ def served(app: App) -> Iterator[int]:
         thread.join()
 
 
-def asked(port: int) -> socket.socket:
+def asked(port: int, context: ssl.SSLContext | None = None) -> socket.socket:
     """A connection with a small buffer on which a request was sent."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(20)
     client.connect(("127.0.0.1", port))
+    if context is not None:
+        client = context.wrap_socket(client, server_hostname="localhost")
     client.sendall(REQUEST)
     return client
 
@@ -161,6 +165,31 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCap
         assert is_over(client)
     assert "did not read its answer within 1 seconds" in caplog.text
     assert "ASGI" not in caplog.text  # such as "ASGI callable returned without completing response"
+
+
+def test_so_is_one_with_tls_and_one_that_reads_or_leaves_is_no_error(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    authority = trustme.CA()
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "key"))
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    app = App(BODY)
+    files = {"ssl_certfile": str(tmp_path / "key"), "ssl_keyfile": str(tmp_path / "key")}
+    with caplog.at_level(logging.INFO), served(app, **files) as port:
+        with asked(port, context):
+            assert app.ended.wait(20)
+        assert caplog.text.count("did not read its answer within 1 seconds") == 1
+        app.ended.clear()
+        with asked(port, context) as client:
+            found = b""
+            while not found.endswith(b"0\r\n\r\n"):
+                found = found[-10:] + client.recv(1 << 20)
+            assert app.ended.wait(20)
+        app.ended.clear()
+        with asked(port, context) as client:
+            assert client.recv(1)
+        assert app.ended.wait(20)
+    assert caplog.text.count("did not read") == 1
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
 def test_a_client_that_does_not_read_the_end_of_its_answer_is_cut_off() -> None:

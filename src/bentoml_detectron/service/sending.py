@@ -64,7 +64,10 @@ class _Answer:
 
     def _kept(self) -> int:
         """Bytes that were sent on the connection, and that the system has not taken."""
-        return 0 if self._transport is None else int(self._transport.get_write_buffer_size())
+        try:
+            return 0 if self._transport is None else int(self._transport.get_write_buffer_size())
+        except AttributeError:  # asyncio's for TLS, once it was closed twice
+            return 0
 
     async def _send_in_pieces(self, message: Any) -> None:
         body = message.get("body", b"")
