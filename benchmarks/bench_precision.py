@@ -30,6 +30,15 @@ from bentoml_detectron import Detections, Predictor, demo, engines
 from bentoml_detectron.artifact import config
 
 
+def ground_truth(count: int) -> COCO:
+    """Of the first images that the model's training never saw."""
+    truth = COCO()
+    truth.dataset = train_demo.coco_dataset(count)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
 def aps(ground_truth: COCO, images: list[np.ndarray], predict: Callable[[np.ndarray], Detections]) -> list[float]:
     """AP, AP50 and AP75 of boxes, then of masks, in points."""
     rows = [row for image_id, image in enumerate(images, start=1) for row in predict(image).to_coco(image_id)]
@@ -53,10 +62,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     count, device = arguments.images, torch.device(arguments.device)
-    ground_truth = COCO()
-    ground_truth.dataset = train_demo.coco_dataset(count)
-    with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth.createIndex()
+    truth = ground_truth(count)
     images = [image for _, image, _ in train_demo.test_images(count)]
     cfg, model = demo.config(), demo.predictor().model
     known = config.input_of(cfg)
@@ -73,7 +79,7 @@ def main() -> None:
     print("| precision | box AP | AP50 | AP75 | mask AP | AP50 | AP75 |\n|---|---|---|---|---|---|---|")
     for name, each in models.items():
         predictor = Predictor(each, config.input_of(cfg), None, batch="exact")
-        row = aps(ground_truth, images, lambda image, predictor=predictor: predictor([image])[0])
+        row = aps(truth, images, lambda image, predictor=predictor: predictor([image])[0])
         print(f"| {name} | {' | '.join(f'{value:.2f}' for value in row)} |", flush=True)
 
 

@@ -14,9 +14,7 @@ Usage::
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import io
 import warnings
 from collections.abc import Iterator
 
@@ -25,7 +23,6 @@ warnings.simplefilter("ignore")
 import numpy as np
 import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock
-from pycocotools.coco import COCO
 from torch import nn
 from torch.nn import functional
 
@@ -105,14 +102,6 @@ def error(found: list[torch.Tensor], due: list[torch.Tensor]) -> float:
     return float(np.mean([float((one - two).square().mean().sqrt() / two.square().mean().sqrt()) for one, two in pairs]))
 
 
-def ground_truth(count: int) -> COCO:
-    truth = COCO()
-    truth.dataset = train_demo.coco_dataset(count)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
@@ -132,7 +121,7 @@ def main() -> None:
         row = [100 * error(features(each, images[:FEW]), due)]
         for number in (FEW, count):
             found = bench_precision.aps(
-                ground_truth(number), images[:number], lambda image, predictor=predictor: predictor([image])[0]
+                bench_precision.ground_truth(number), images[:number], lambda image, predictor=predictor: predictor([image])[0]
             )
             row += [found[0], found[3]]
         print(f"| {name} | {row[0]:.2f} % | {' | '.join(f'{value:.2f}' for value in row[1:])} |", flush=True)

@@ -61,8 +61,7 @@ class Server:
     def half_sent(self, sent: bytes, length: int) -> socket.socket:
         """A connection with a request of which only a part is sent."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        head = f"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {length}\r\n\r\n"
-        connection.sendall(head.encode() + sent)
+        connection.sendall(_head("/predict", length) + sent)
         return connection
 
     def unread(self, path: str, sent: bytes) -> socket.socket:
@@ -71,9 +70,12 @@ class Server:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(60)
         connection.connect(("127.0.0.1", self.port))
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {len(sent)}\r\n\r\n"
-        connection.sendall(head.encode() + sent)
+        connection.sendall(_head(path, len(sent)) + sent)
         return connection
+
+
+def _head(path: str, length: int) -> bytes:
+    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\ncontent-length: {length}\r\n\r\n".encode()
 
 
 def free_port() -> int:
