@@ -1,6 +1,8 @@
-"""A histogram that takes many values at once is Prometheus's own, in one process and where several are read."""
+"""A worker's metrics: they are Prometheus's own, in one process and where several are read, and forget who is dead."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -35,3 +37,15 @@ print(mine == theirs, len(mine))
 def test_it_shows_what_prometheus_own_shows(several, tmp_path):
     shared = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)} if several else {}
     assert run_python(f"several = {several}\n{CODE}", **shared).stdout.split() == ["True", "8"]
+
+
+@pytest.mark.slow
+def test_workers_that_begin_together_all_forget_the_dead(tmp_path):
+    """Each finds the same files, most of which another has removed when it comes to them."""
+    dead = [tmp_path / f"gauge_livesum_{2**22 + number}.db" for number in range(3000)]  # beyond all that Linux gives
+    for file in dead:
+        file.touch()
+    begin = "from bentoml_detectron.service.metrics import Metrics\nMetrics()"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: run_python(begin, PROMETHEUS_MULTIPROC_DIR=str(tmp_path)), range(4)))
+    assert not any(file.exists() for file in dead)

@@ -287,8 +287,10 @@ class Front:
         """
         message = await request.receive()
         size = len(message.get("body", b""))
-        limit = max(self.worker.settings.max_held_bytes, self.worker.settings.max_body_bytes)
-        if self._held + size > limit:
+        settings = self.worker.settings
+        limit = max(settings.max_held_bytes, settings.max_body_bytes)
+        # A body that is too large by itself is refused for that, as it would be at any time.
+        if self._held + size > limit and request.held + size <= settings.max_body_bytes:
             raise OverloadedError(f"other requests and answers take {limit:,} bytes already; ask again soon", value=self._held)
         self._held += size
         request.held += size
