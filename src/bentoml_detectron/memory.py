@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 KEEP = "BENTOML_DETECTRON_KEEP_MEMORY"
 """Set to 0, this environment variable leaves the C library as it is."""
@@ -50,6 +51,22 @@ def _function(name: str) -> Callable[..., int] | None:
     except (AttributeError, OSError):
         return None
     return found
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Python's garbage collector rests meanwhile, for imports of PyTorch and Detectron2.
+
+    They make some million objects, all of which stay, and the collector looks through them again and again: an eighth of the
+    time of a short command (``benchmarks/bench_import.py``).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def spare_from_collection() -> None:

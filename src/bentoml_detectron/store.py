@@ -27,6 +27,7 @@ from bentoml_detectron.errors import (
     ModelNotFoundError,
     SaveError,
 )
+from bentoml_detectron.memory import without_collection
 from bentoml_detectron.staging import check_free, publish, staged
 
 # BentoML's adapters, its own and those of other distributions, all build on these.
@@ -212,7 +213,9 @@ def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = Fals
         bento_model = get(bento_model)
     if isinstance(trusted, str) or not all(isinstance(each, str) and each for each in trusted):
         raise InvalidArgumentError(f"trusted is {trusted!r}; give a list of modules, as ['my_package']", value=trusted)
-    from bentoml_detectron.artifact import folder
+    with without_collection():
+        from bentoml_detectron import model  # noqa: F401 all that loading needs
+        from bentoml_detectron.artifact import folder
 
     is_predictor = bento_model.info.metadata.get(IS_PREDICTOR, True)
     if not isinstance(is_predictor, bool):

@@ -12,6 +12,7 @@ from bentoml import Model, Tag
 from bentoml_detectron import store
 from bentoml_detectron.artifact import files, manifest
 from bentoml_detectron.errors import DetectronError, InvalidModelError, UnknownDeviceError
+from bentoml_detectron.memory import without_collection
 
 if TYPE_CHECKING:
     from bentoml_detectron.artifact.folder import SavedModel
@@ -75,7 +76,8 @@ def verify(
     except InvalidModelError as exc:
         return VerifyReport(str(bento_model), (_line(exc),), (), None)
 
-    from bentoml_detectron.model import check_device  # PyTorch, which takes seconds to import
+    with without_collection():
+        from bentoml_detectron.model import check_device  # PyTorch, which takes seconds to import
 
     check_device(device_id)
     try:

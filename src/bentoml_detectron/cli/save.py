@@ -48,7 +48,11 @@ def command(
       bentoml detectron save --config-file retinanet.py --weights model.pth --name retinanet \\
         --trust-remote-code model.num_classes=10
     """
-    from bentoml_detectron import from_files, save_model
+    from bentoml_detectron import save_model
+    from bentoml_detectron.memory import without_collection
+
+    with without_collection():
+        from bentoml_detectron import from_files
 
     # What Detectron2 says of names and shapes is in the summary, or in the error.
     for library in ("detectron2", "fvcore"):

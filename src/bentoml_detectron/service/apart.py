@@ -220,14 +220,16 @@ def _end_with(parent: int) -> None:
 
 def _load(connection: Connection) -> Predictor | None:
     """Loads a model and says so, or why not."""
-    import torch
-    from bentoml._internal.context import server_context
-    from bentoml._internal.log import configure_server_logging
+    from bentoml_detectron.memory import keep_freed_memory, spare_from_collection, without_collection
 
-    from bentoml_detectron.artifact import folder
-    from bentoml_detectron.memory import keep_freed_memory, spare_from_collection
-    from bentoml_detectron.service import logs
-    from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
+    with without_collection():
+        import torch
+        from bentoml._internal.context import server_context
+        from bentoml._internal.log import configure_server_logging
+
+        from bentoml_detectron.artifact import folder
+        from bentoml_detectron.service import logs
+        from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
 
     keep_freed_memory()  # before there are threads that allocate
     configure_server_logging()  # type: ignore[no-untyped-call]
