@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,8 +71,9 @@ class Report:
     is_forced: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "problems": list(self.problems)}
+        """As plain values, without `alike` where it is None: which BentoML's metadata do not take."""
+        values = {**asdict(self), "problems": list(self.problems)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def optimize(
@@ -94,7 +96,7 @@ def optimize(
         bento_model: The model, or its tag, in BentoML's model store.
         images: A user's own, as the model will see them; a hundred will do.
         name: Of the new model, or a tag with a version.
-        measure: Gives metrics from 0 to 1, the higher the better, of a predictor on annotated images.
+        measure: Gives metrics from 0 to 1, the higher the better, of a predictor on annotated images; NaN is none.
         force: Whether to save it in spite of the report's problems.
         trust_remote_code: As in `load_model`.
         trusted: As in `load_model`.
@@ -143,7 +145,7 @@ def optimize(
     predictors = {each: predictor(engines.accelerated(module, each, calibration)) for each in names}
     compared = _spread(images, MOST_COMPARED)
     seconds, shares = _compared(predictors, track(compared, "comparing", len(compared)), compared[0])
-    before, after = ({} if measure is None else dict(measure(predictors[each])) for each in ("fp32", "int8"))
+    before, after = ({} if measure is None else _known(measure(predictors[each])) for each in ("fp32", "int8"))
     report = Report(
         source=str(found.tag),
         precision="int8",
@@ -169,6 +171,11 @@ def _spread(images: Sequence[_T], most: int) -> list[_T]:
     """At most so many, from the first to the last."""
     places = np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int))
     return [images[place] for place in places]
+
+
+def _known(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without those that are NaN, as of annotations that have none of a task's: they say nothing of a drop."""
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def _compared(

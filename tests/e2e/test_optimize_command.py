@@ -74,6 +74,10 @@ def test_errors_are_one_line(digits_home, tmp_path, monkeypatch, arguments, mess
         (["optimize", "nobody:1", "--calibration", "IMAGES", "--name", "new"], "'nobody:1' is not found"),
         (["optimize", "nobody:1", "--calibration", "IMAGES", "--name", "a new one"], "'a new one' is no tag"),
         (["optimize", "nobody:1", "--calibration", "no such folder", "--name", "new"], "no such folder"),
+        (
+            ["optimize", "nobody:1", "--calibration", "IMAGES", "--annotations", "no.json", "--name", "a new one"],
+            "'a new one' is no tag",
+        ),
     ],
 )
 def test_what_is_wrong_with_arguments_is_said_before_pytorch_is_imported(arguments, why):

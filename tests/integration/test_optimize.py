@@ -104,6 +104,21 @@ def test_ranges_of_images_that_show_nothing_are_refused(digits):
         optimize(digits, black, name="black")
 
 
+def test_such_images_are_kept_by_force_and_marked(digits):
+    black = [np.zeros((192, 192, 3), np.uint8)] * 2
+    model, report = optimize(digits, black, name="black", force=True)
+    assert (report.alike, report.is_forced) == (None, True)
+    assert any("its drift is unknown" in each for each in model.info.metadata["optimization"]["problems"])
+    bentoml.models.delete(model.tag)
+
+
+def test_metric_of_annotations_that_hold_nothing_of_it_is_no_evidence(digits):
+    """Its value is NaN, of which no drop is too large; what fp32 and int8 both find decides, then."""
+    black = [np.zeros((192, 192, 3), np.uint8)] * 2
+    with pytest.raises(errors.OptimizationError, match="its drift is unknown"):
+        optimize(digits, black, name="black", measure=lambda predictor: {"box AP": float("nan")})
+
+
 def test_no_images_are_refused(digits):
     with pytest.raises(errors.InvalidArgumentError, match="no images"):
         optimize(digits, [], name="none")

@@ -46,12 +46,15 @@ def command(
       bentoml detectron optimize mask_rcnn:latest --calibration photos/ --annotations val.json --name mask_rcnn_int8
       bentoml detectron serve mask_rcnn_int8:latest --precision int8
     """
+    from bentoml_detectron import store
     from bentoml_detectron.dataset.sources import Dataset
     from bentoml_detectron.optimization import optimize
 
+    images = [each.file_name for each in Dataset(calibration)]
+    store.check_new(name)  # before annotations are read, which may take a while
     model, report = optimize(
-        tag,
-        [each.file_name for each in Dataset(calibration)],
+        store.get(tag),
+        images,
         name=name,
         measure=None if annotations is None else _measure(annotations, Path(calibration)),
         force=force,
