@@ -57,8 +57,8 @@ def _function(name: str) -> Callable[..., int] | None:
 def without_collection() -> Iterator[None]:
     """Python's garbage collector rests meanwhile, for imports of PyTorch and Detectron2.
 
-    They make some million objects, all of which stay, and the collector looks through them again and again: an eighth of the
-    time of a short command (``benchmarks/bench_import.py``).
+    They make a great many objects, all of which stay, and the collector looks through them again and again: a tenth of the
+    time that they take (``benchmarks/bench_import.py``).
     """
     was_enabled = gc.isenabled()
     gc.disable()

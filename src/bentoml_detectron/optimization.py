@@ -71,7 +71,7 @@ class Report:
     is_forced: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, without `alike` where it is None: which BentoML's metadata do not take."""
+        """As plain values, without `alike` where it is None, which BentoML's metadata do not take."""
         values = {**asdict(self), "problems": list(self.problems)}
         return {name: value for name, value in values.items() if value is not None}
 
