@@ -77,7 +77,7 @@ class Predictor(Preparation):
             max_batch_pixels: Most pixels, padding included, that go through the model together; a larger image goes alone.
                 None: as many as half of the memory that is free takes, at `BYTES_PER_PIXEL` bytes each, and on the CPU no
                 more than `MOST_PIXELS_ON_CPU`.
-            limits: Of encoded images; `images.Limits()` unless given.
+            limits: Of images, encoded or not; `images.Limits()` unless given.
 
         Raises:
             InvalidArgumentError: (``ValueError``) An argument is out of range.

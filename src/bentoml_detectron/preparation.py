@@ -65,7 +65,7 @@ class Preparation:
         padding: To what it pads.
         dataset: Class names and ids; None where the model carries none.
         batch: Which images go through the model together.
-        limits: Of encoded images.
+        limits: Of images, encoded or not.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Preparation:
             padding: To what it pads.
             dataset: Class names and ids.
             batch: As in `Predictor`.
-            limits: Of encoded images; `images.Limits()` unless given.
+            limits: Of images, encoded or not; `images.Limits()` unless given.
 
         Raises:
             InvalidArgumentError: (``ValueError``) An argument is out of range.

@@ -213,6 +213,18 @@ def compare(
     return problems
 
 
+def with_settings_of(due: SelfTest, model: nn.Module) -> SelfTest:
+    """The same without settings that a model does not have.
+
+    Args:
+        due: Of another model, from whose config this one was built.
+        model: What training leaves in a module, as `RetinaNet` its loss's normalizer, is no setting: this one has none of it.
+    """
+    there = settings(model)
+    kept = {name: value for name, value in due.settings.items() if name in there or name.startswith("input.")}
+    return due.model_copy(update={"settings": kept})
+
+
 def is_alike(due: Any, got: Any, tolerance: Tolerance) -> bool:
     """Whether two outputs of `run`, of `Detections`, are the same within a tolerance; what gives something else never is."""
     if not isinstance(due, Detections) or not isinstance(got, Detections) or _kinds(due) != _kinds(got):

@@ -153,7 +153,7 @@ def load_predictor(
             do not depend, to the last bit, on what else is in the call. See `Predictor`.
         max_batch_pixels: Most pixels, padding included, in one batch; None: what half of the free memory takes, and on the CPU
             no more than is faster than one by one.
-        limits: Of encoded images: 25 megapixels, 50 MB unless given.
+        limits: Of images: 25 megapixels, and encoded 50 MB, unless given.
 
     Returns:
         The predictor.
@@ -288,8 +288,7 @@ def save_model(
     with staged(store) as scratch, _one_error(info.tag):
         content = scratch / "model"
         content.mkdir()
-        with (content / RECORD).open("w", encoding="utf-8") as file:
-            info.dump(file)
+        _write_record(content, info)
         carried = code.write(content, external_modules or [])
         _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, external_modules or [])
         folder.write_parts(content, module, description.plain)
@@ -331,8 +330,7 @@ def save_calibrated(
     with staged(store) as scratch, _one_error(info.tag):
         content = scratch / "model"
         content.mkdir()
-        with (content / RECORD).open("w", encoding="utf-8") as file:
-            info.dump(file)
+        _write_record(content, info)
         folder.copy_calibrated(saved.folder, content, own, int8.to_plain(calibration))
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
     return get(info.tag)
@@ -361,6 +359,7 @@ def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) 
     except Exception as exc:  # whatever the model raises that takes more than an image
         logger.warning("no self-test is recorded: the model does not run on an image alone (%s: %s)", type(exc).__name__, exc)
         return None
+    due = selftest.with_settings_of(due, rebuilt)
     try:
         _, problems = selftest.check(due, rebuilt, description.input, description.dataset)
     except Exception as exc:
@@ -403,6 +402,23 @@ def _record(
         )
     except (TypeError, ValueError, BentoMLException) as exc:
         raise InvalidArgumentError(f"BentoML does not take these signatures, labels or metadata: {exc}") from exc
+
+
+def _write_record(folder: Path, info: ModelInfo) -> None:
+    """Writes it.
+
+    Raises:
+        InvalidArgumentError: It could not be read again, for what a user's metadata or labels hold.
+    """
+    with (folder / RECORD).open("w", encoding="utf-8") as file:
+        info.dump(file)
+    try:
+        _check_record(folder)
+    except DetectronError as exc:
+        raise InvalidArgumentError(
+            f"with these labels and metadata the model could not be loaded again: {exc}; put what is large, or a config, into "
+            "custom_objects"
+        ) from exc
 
 
 def _pickle_objects(path: Path, objects: dict[str, Any], cfg: CfgNode | Mapping[str, Any], by_value: list[ModuleType]) -> None:

@@ -14,6 +14,8 @@ from detectron2.modeling import RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
@@ -401,19 +403,18 @@ class TestAnchors:
             due = generator._grid_anchors(self.grids(*size))
             assert all(torch.equal(*each) for each in zip(kept(self.grids(*size)), due, strict=True))
 
-    def test_are_made_once_a_size_and_left_as_they_are(self):
-        """By the model as a whole: nothing after them writes into them."""
-        model = built(tiny_cfg())
-        fast = engines.accelerated(model, "fp32")
-        run(fast)
-        generator = fast.proposal_generator.anchor_generator
-        before = generator._grid_anchors(self.grids(128, 160))
-        run(fast)
-        after = generator._grid_anchors(self.grids(128, 160))
-        due = model.proposal_generator.anchor_generator._grid_anchors(self.grids(128, 160))
-        for first, second, third in zip(before, after, due, strict=True):
-            assert first.data_ptr() == second.data_ptr() != third.data_ptr()
-            assert torch.equal(first, third)
+    def test_are_made_once_a_size_and_given_as_copies(self):
+        """So that whoever takes them may write into them."""
+        generator = built(tiny_cfg()).proposal_generator.anchor_generator
+        made, make = [], generator._grid_anchors
+        generator._grid_anchors = lambda sizes: made.append(sizes) or make(sizes)
+        kept, grids = anchors.Kept(generator), self.grids(128, 160)
+        for _ in range(3):
+            found = kept(grids)
+            assert all(torch.equal(*each) for each in zip(found, make(grids), strict=True))
+            for each in found:
+                each.zero_()
+        assert made == [grids]
 
     def test_of_200_sizes_and_of_one_that_is_too_large_are_bounded(self):
         kept = anchors.Kept(built(tiny_cfg()).proposal_generator.anchor_generator)
@@ -619,3 +620,75 @@ class TestGpu:
 def test_unknown_precision_is_named():
     with pytest.raises(InvalidArgumentError, match="precision='fp8'"):
         engines.check("fp8")
+
+
+class ScalingRPN(RPN):
+    """Writes into its anchors, which are its own in Detectron2."""
+
+    def forward(self, images, features, gt_instances=None):
+        features = [features[name] for name in self.in_features]
+        boxes = self.anchor_generator(features)
+        for each in boxes:
+            each.scale(1.1, 1.1)
+        logits, deltas = self.rpn_head(features)
+        logits = [each.permute(0, 2, 3, 1).flatten(1) for each in logits]
+        deltas = [each.view(len(each), -1, 4, *each.shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, -2) for each in deltas]
+        return self.predict_proposals(boxes, logits, deltas, images.image_sizes), {}
+
+
+class ViewingRPNHead(StandardRPNHead):
+    def forward(self, features):
+        return super().forward([each.view(len(each), -1).view(each.shape) for each in features])
+
+
+class ViewingBoxHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16 * 7 * 7, 16)
+
+    def forward(self, x):
+        return self.fc(x.view(len(x), -1)).relu()
+
+
+class ViewingPooled(StandardROIHeads):
+    def _forward_box(self, features, proposals):
+        pooled = self.box_pooler([features[name] for name in self.box_in_features], [each.proposal_boxes for each in proposals])
+        found = self.box_predictor(self.box_head(pooled.view(len(pooled), -1).view(pooled.shape)))
+        return self.box_predictor.inference(found, proposals)[0]
+
+
+class ViewingFeatures(StandardROIHeads):
+    def forward(self, images, features, proposals, targets=None):
+        return super().forward(images, {name: each.view(-1).view(each.shape) for name, each in features.items()}, proposals)
+
+
+def _changed(change):
+    model = built(tiny_cfg())
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.proposal_generator, "__class__", ScalingRPN),
+        lambda model: setattr(model.proposal_generator.rpn_head, "__class__", ViewingRPNHead),
+        lambda model: setattr(model.roi_heads, "box_head", ViewingBoxHead()),
+        lambda model: setattr(model.roi_heads, "__class__", ViewingPooled),
+        lambda model: setattr(model.roi_heads, "__class__", ViewingFeatures),
+        lambda model: setattr(model.backbone, "lock", threading.Lock()),
+    ],
+    ids=["anchors are written into", "RPN's head views", "box head views", "pooled features are viewed",
+         "feature maps are viewed", "backbone that cannot be copied"],
+)  # fmt: skip
+@every_precision
+def test_parts_of_a_users_own_find_what_they_find_in_detectron2(change, precision):
+    """Each of these is right with ``DefaultPredictor``, which makes anchors anew and has no tensor but plain ones."""
+    model = _changed(change)
+    fast = faster(model, precision)
+    due = run(model)[0]["instances"]
+    for _ in range(3):
+        found = run(fast)[0]["instances"]
+        assert len(found) > 0
+        if precision == "fp32":
+            torch.testing.assert_close(found.pred_boxes.tensor, due.pred_boxes.tensor, atol=1e-2, rtol=1e-3)

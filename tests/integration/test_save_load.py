@@ -303,6 +303,14 @@ class TestMistakes:
         with pytest.raises(errors.InvalidArgumentError, match=r"config\.MODEL\.EXTRA"):
             bentoml.detectron.save_model("mistake", module, cfg)
 
+    @pytest.mark.parametrize(("key", "value"), [("MAX_SIZE_TEST", 96.5), ("MIN_SIZE_TEST", (64, 96)), ("FORMAT", 7)])
+    def test_config_that_does_not_say_how_images_go_in(self, key, value):
+        cfg = tiny_cfg()
+        module = built(cfg)
+        cfg.INPUT[key] = value
+        with pytest.raises(errors.InvalidModelError, match=f"INPUT.{key} is"):
+            bentoml.detectron.save_model("mistake", module, cfg)
+
     def test_config_of_another_model(self):
         """All that is missing, unexpected and misshaped is listed."""
         cfg = tiny_cfg()
@@ -348,6 +356,19 @@ class TestMistakes:
         with pytest.raises(bentoml.exceptions.NotFound, match=r"bentoml\.sklearn"):
             bentoml.detectron.load_model(other)
         bentoml.models.delete(other.tag)
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"config": {"_BASE_": "base.yaml"}}, {"ids": list(range(20_000))}, {"log": "x" * (5 << 20)}], ids=str
+)
+def test_metadata_that_could_not_be_read_again(metadata, demo_predictor):
+    """Nothing is saved, and the newest version is the one before."""
+    name = f"not_read_again_{next(iter(metadata))}"
+    before = bentoml.detectron.save_model(name, demo_predictor)
+    with pytest.raises(errors.InvalidArgumentError, match="metadata"):
+        bentoml.detectron.save_model(name, demo_predictor, metadata=metadata)
+    assert bentoml.models.list(name) == [before]
+    assert bentoml.detectron.get(f"{name}:latest").tag == before.tag
 
 
 def test_weights_that_do_not_fit_are_listed_on_load():

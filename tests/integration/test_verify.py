@@ -27,6 +27,8 @@ import torchvision
 from bentoml._internal.frameworks import detectron as adapter
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 import zoo
 from bentoml_detectron import errors, selftest, verify
@@ -240,6 +242,18 @@ class TestSaving:
         saved = bentoml.detectron.save_model("verified-fast", built(cfg), cfg)
         assert "no self-test is recorded: the model does not run on an image alone" in caplog.text
         assert manifest_of(saved)["self_test"] is None
+        assert verify(saved).ok
+
+    def test_what_training_leaves_in_a_module_is_no_setting(self):
+        """RetinaNet has the mean of its loss's normalizer since its first step, and what its config builds has none."""
+        cfg = zoo.zoo_config(zoo.ZOO["RetinaNet"])
+        module = built(cfg).train()
+        truth = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[5.0, 5.0, 40.0, 40.0]])), gt_classes=torch.tensor([1]))
+        with EventStorage(0):
+            module([{"image": torch.rand(3, 64, 64) * 255, "instances": truth, "height": 64, "width": 64}])
+        assert "loss_normalizer" in vars(module)
+        saved = bentoml.detectron.save_model("verified-trained", module.eval(), cfg)
+        assert "loss_normalizer" not in manifest_of(saved)["self_test"]["settings"]
         assert verify(saved).ok
 
     @pytest.mark.slow

@@ -146,8 +146,14 @@ def read(folder: Path) -> Plain:
 
 
 def input_of(cfg: CfgNode) -> Input:
-    """How this config prepares an image."""
-    return Input(format=cfg.INPUT.FORMAT, min_size_test=cfg.INPUT.MIN_SIZE_TEST, max_size_test=cfg.INPUT.MAX_SIZE_TEST)
+    """How this config prepares an image; InvalidModelError where it does not say so."""
+    try:
+        return Input(format=cfg.INPUT.FORMAT, min_size_test=cfg.INPUT.MIN_SIZE_TEST, max_size_test=cfg.INPUT.MAX_SIZE_TEST)
+    except ValidationError as exc:
+        key = f"INPUT.{str(exc.errors()[0]['loc'][0]).upper()}"
+        value = exc.errors()[0]["input"]
+        what = "a name" if key == "INPUT.FORMAT" else "a whole number of pixels"
+        raise InvalidModelError(f"the config's {key} is {value!r:.100}; it is {what}", value=value) from exc
 
 
 def dataset_of(cfg: CfgNode) -> Dataset | None:

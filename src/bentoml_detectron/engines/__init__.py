@@ -107,13 +107,31 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
     examples = _examples(model, find(model))
     if precision != "fp32" and _features_go_to(model, examples):
         view = _with_parts(model, examples, precision, calibration, keeps=True)
-        try:
-            with torch.inference_mode():
-                view([_noise(model)])
+        # A subclass may do more with features than the class that is known.
+        if _runs(view, f"the model does not take features in {precision}; between parts they are float32"):
             return view
-        except Exception:  # a subclass does more with features than the class that is known
-            logger.warning("the model does not take features in %s; between parts they are float32", precision, exc_info=True)
-    return _with_parts(model, examples, precision, calibration, keeps=False)
+    view = _with_parts(model, examples, precision, calibration, keeps=False)
+    # Features are channels-last now, and what is a user's own may look at them as a row of numbers.
+    if not examples or all(map(_is_known, model.modules())):
+        return view
+    is_right = _runs(view, "the model does not take what its parts give when they are faster; it stays as it is")
+    return view if is_right else _keeping_anchors(model)
+
+
+def _runs(view: nn.Module, otherwise: str) -> bool:
+    """Whether a view runs on an image of noise; what follows if not goes to the log."""
+    try:
+        with torch.inference_mode():
+            view([_noise(view)])
+        return True
+    except Exception:
+        logger.warning(otherwise, exc_info=True)
+        return False
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it is Detectron2's or PyTorch's own."""
+    return type(module).__module__.partition(".")[0] in ("detectron2", "torch", "torchvision")
 
 
 def _with_parts(
@@ -134,7 +152,8 @@ def _with_parts(
     view = _keeping_anchors(replaced(model, replacements))
     for name, module in model.named_modules():
         if Pooler.takes(module):
-            view = with_module(view, name, Pooler)
+            is_known = _is_known(model.get_submodule(name.rpartition(".")[0]))
+            view = with_module(view, name, partial(Pooler, is_channels_last=is_known))
     if proposals.takes(getattr(model, "proposal_generator", None)):
         view = with_module(view, "proposal_generator", proposals.choosing_first)
     if runs_backbone and normalization.takes(model):
@@ -172,7 +191,12 @@ def calibrate(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
     found: dict[str, int8.Ranges] = {}
     replacements = {}
     for part, example in _examples(model, find(model)).items():
-        graph = Graph(model, part, example)
+        try:
+            graph = Graph(model, part, example)
+        except Exception:  # it cannot be copied
+            logger.warning("%s gets no ranges; it stays as it is", part.place, exc_info=True)
+            replacements[part] = _adapted(model, part, example, None, False)
+            continue
         fusion.fuse(graph)
         int8.observe(graph.module, part.place, found)
         replacements[part] = _adapted(model, part, example, partial(_called, graph), False)
@@ -185,7 +209,7 @@ def _autocast(model: nn.Module, part: Part, example: Example, dtype: torch.dtype
 
 
 def _called(graph: Graph, inputs: Sequence[Any]) -> list[Any]:
-    return list(graph(*inputs))
+    return [each.contiguous() for each in graph(*inputs)]  # as Detectron2's are; speed is of no matter
 
 
 def _examples(model: nn.Module, parts: list[Part]) -> dict[Part, Example]:
@@ -240,7 +264,7 @@ def _compiled_and_tried(
     model: nn.Module, part: Part, example: Example, precision: Precision, calibration: int8.Calibration | None, keeps: bool
 ) -> eager.Run | None:
     """A part in a precision; None where it is not the same then, or would not be in float32, where rounding hides nothing."""
-    run = _tried(part, example, "fp32", partial(eager.compiled, Graph(model, part, example), torch.float32))
+    run = _tried(part, example, "fp32", lambda: eager.compiled(Graph(model, part, example), torch.float32))
     if run is None or precision == "fp32":
         return run
     return _tried(part, example, precision, partial(_compiled, model, part, example, precision, calibration, keeps))
@@ -308,7 +332,8 @@ def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | No
     """A part with the signature that Detectron2 calls; what it gives is float32 but for feature maps that may be less."""
     if run is None:
         own, into = part.of(model), rebuild(example.arguments)
-        return lambda *arguments: own(*into([each.float() for each in tensors(arguments)]))
+        # Contiguous, as Detectron2's are: a part of a user's own may look at what it takes as a row of numbers.
+        return lambda *arguments: own(*into([each.float().contiguous() for each in tensors(arguments)]))
     # From here on nothing holds the model's own part: its weights would be in memory twice.
     computes, outof = run, rebuild(example.output)
     gives_maps = not part.sizes and all(each.ndim == 4 for each in tensors(example.output))

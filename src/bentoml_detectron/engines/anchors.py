@@ -24,7 +24,10 @@ def takes(module: nn.Module) -> bool:
 
 
 class Kept:
-    """Stands where ``DefaultAnchorGenerator._grid_anchors`` was; threads may share it, and nobody changes what it gives."""
+    """Stands where ``DefaultAnchorGenerator._grid_anchors`` was; threads may share it.
+
+    It gives copies: a proposal generator of a user's own may write into its anchors, as ``Boxes.scale`` does.
+    """
 
     def __init__(self, generator: Any) -> None:
         self._make = generator._grid_anchors
@@ -39,7 +42,7 @@ class Kept:
             found = self._kept.get(key)
             if found is not None:
                 self._kept.move_to_end(key)
-                return list(found)
+                return [each.clone() for each in found]
         made: list[torch.Tensor] = self._make(grid_sizes)
         with self._lock:
             if key not in self._kept:
@@ -47,7 +50,7 @@ class Kept:
                 self._bytes += _bytes(made)
             while self._bytes > MOST_BYTES:
                 self._bytes -= _bytes(self._kept.popitem(last=False)[1])
-        return list(made)
+        return [each.clone() for each in made]
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:

@@ -13,10 +13,16 @@ from bentoml_detectron.engines.roi_align import roi_align
 
 
 class Pooler(nn.Module):
-    """Stands where a `ROIPooler` of ROIAligns was."""
+    """Stands where a `ROIPooler` of ROIAligns was.
 
-    def __init__(self, pooler: ROIPooler) -> None:
+    Args:
+        pooler: That one.
+        is_channels_last: Whether what takes the result knows tensors that are.
+    """
+
+    def __init__(self, pooler: ROIPooler, is_channels_last: bool = True) -> None:
         super().__init__()
+        self._is_channels_last = is_channels_last
         self._scales = [float(each.spatial_scale) for each in pooler.level_poolers]
         self._sampling_ratio = pooler.level_poolers[0].sampling_ratio
         self._aligned = pooler.level_poolers[0].aligned
@@ -31,7 +37,7 @@ class Pooler(nn.Module):
         return type(module) is ROIPooler and all(isinstance(each, ROIAlign) for each in levels)
 
     def forward(self, features: list[torch.Tensor | Quantized], box_lists: list[Boxes]) -> torch.Tensor:
-        """As `ROIPooler.forward`; (M, C, *output_size), channels-last."""
+        """As `ROIPooler.forward`; (M, C, *output_size)."""
         boxes = convert_boxes_to_pooler_format(box_lists)
         if len(self._scales) > 1:
             levels = assign_boxes_to_levels([Boxes(boxes[:, 1:])], *self._levels)
@@ -42,4 +48,5 @@ class Pooler(nn.Module):
         numbers = [each.steps() if isinstance(each, Quantized) else each for each in features]
         gains = [each.scale if isinstance(each, Quantized) else 1.0 for each in features]
         pooled = roi_align(numbers, boxes, levels, self._scales, self.output_size, self._sampling_ratio, self._aligned, gains)
-        return pooled if bool(known.all()) else pooled * known[:, None, None, None]
+        pooled = pooled if bool(known.all()) else pooled * known[:, None, None, None]
+        return pooled if self._is_channels_last else pooled.contiguous()
