@@ -125,7 +125,7 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
         return build_model(_without_weights(config.from_plain(plain, tuples), torch.device("cpu")))
 
     with own_random_numbers(torch.device("cpu")):
-        rebuilt: nn.Module = build_safely(build)
+        rebuilt: nn.Module = build_safely(build).requires_grad_(False)  # tensors that inference mode made cannot have it
     state = module.state_dict()
     weights.check(
         state, rebuilt, "the module's weights are not those that its config asks for; save it with the config "

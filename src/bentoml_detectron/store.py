@@ -256,7 +256,8 @@ def save_model(
             BentoML does, pickled by value with the custom objects.
         metadata: BentoML's metadata, such as ``{"box_ap": 0.4}``.
         self_test: Whether to run the model on a small fixed image, to check that what is saved finds the same there, and to
-            record it for `verify`. A model that takes more than an image has none.
+            record it for `verify`. A model that takes more than an image has none. Meanwhile the module is in evaluation mode,
+            and random numbers are those of a fixed seed, in all threads: none of them should train.
 
     Returns:
         The saved model.

@@ -228,6 +228,14 @@ def test_config_beside_a_predictor_is_ignored_with_a_warning(demo_predictor, cap
     assert bentoml.detectron.load_model(saved).cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
 
 
+def test_predictor_that_was_made_in_inference_mode(tmp_path):
+    cfg = checkpoint(tiny_cfg(), tmp_path / "model_final.pth")
+    with torch.inference_mode():
+        predictor = DefaultPredictor(cfg)
+    loaded = bentoml.detectron.load_model(bentoml.detectron.save_model("inference_mode", predictor))
+    assert_same(tensors(loaded(picture())), tensors(predictor(picture())))
+
+
 def test_half_precision_weights_stay_half_precision():
     cfg = tiny_cfg()
     module = built(cfg).half()
