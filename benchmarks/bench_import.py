@@ -2,7 +2,7 @@
 
 The plug is measured in two fresh virtual environments, alike but for the plug's two files: ``python -c pass`` in turn, the
 median of the differences. Then the imports that come with the first model that a process loads, PyTorch's and Detectron2's
-among them, in turn with and without Python's garbage collector, which rests there (`memory.without_collection`).
+among them, in turn as they are and for less (`imports.for_less`), and what the process holds after them.
 
 Usage::
 
@@ -33,11 +33,12 @@ print(elapsed)
 """
 MODEL = """
 import contextlib, sys, time
-from bentoml_detectron.memory import without_collection
-start = time.process_time_ns()
-with without_collection() if sys.argv[1] == "rest" else contextlib.nullcontext():
+import psutil
+from bentoml_detectron import imports
+start = time.process_time()
+with imports.for_less() if sys.argv[1] == "less" else contextlib.nullcontext():
     import bentoml_detectron.model
-print(time.process_time_ns() - start)
+print(time.process_time() - start, psutil.Process().memory_full_info().uss / 1e6)
 """
 
 
@@ -54,13 +55,10 @@ def start(python: Path) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def model_pairs(count: int) -> list[tuple[float, float]]:
-    """CPU seconds of the imports with the collector and without it, in turn, after one pair that is not counted."""
-
-    def seconds(collector: str) -> float:
-        return int(subprocess.check_output([sys.executable, "-W", "ignore", "-c", MODEL, collector], text=True)) / 1e9
-
-    return [(seconds("work"), seconds("rest")) for _ in range(count + 1)][1:]
+def of_model(way: str) -> tuple[float, float]:
+    """CPU seconds of the imports in a fresh process, and megabytes that are its own after them."""
+    seconds, megabytes = subprocess.check_output([sys.executable, "-W", "ignore", "-c", MODEL, way], text=True).split()
+    return float(seconds), float(megabytes)
 
 
 def main() -> None:
@@ -87,12 +85,14 @@ def main() -> None:
     print("| | ms |\n|---|---|")
     print(f"| `python -c pass` | {bare:.2f} |\n| the plug, on top of it | {cost:.2f} |")
     print(f"| `import bentoml_detectron` | {package:.2f} |")
-    times = model_pairs(given.model_pairs)
-    working, resting = (statistics.median(column) for column in zip(*times, strict=True))
-    print(f"\nWhat a model needs, median of {given.model_pairs} pairs of processes, CPU seconds")
-    print("| the collector | s |\n|---|---|")
-    print(f"| works | {working:.2f} |\n| rests | {resting:.2f} |")
-    print(f"ratio, pair by pair: median {timing.spread((a / b for a, b in times), 2)}")
+    of_model("less")
+    found = [(of_model("plain"), of_model("less")) for _ in range(given.model_pairs)]
+    print(f"\nWhat a model needs, median of {given.model_pairs} pairs of processes")
+    print("| imported | CPU, s | MB |\n|---|---|---|")
+    for name, column in zip(("as it is", "for less"), zip(*found, strict=True), strict=True):
+        seconds, megabytes = (statistics.median(values) for values in zip(*column, strict=True))
+        print(f"| {name} | {seconds:.2f} | {megabytes:.0f} |")
+    print(f"ratio of CPU, pair by pair: median {timing.spread((plain[0] / less[0] for plain, less in found), 2)}")
 
 
 if __name__ == "__main__":

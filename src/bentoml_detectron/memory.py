@@ -9,8 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 KEEP = "BENTOML_DETECTRON_KEEP_MEMORY"
 """Set to 0, this environment variable leaves the C library as it is."""
@@ -51,22 +50,6 @@ def _function(name: str) -> Callable[..., int] | None:
     except (AttributeError, OSError):
         return None
     return found
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Python's garbage collector rests meanwhile, for imports of PyTorch and Detectron2.
-
-    They make a great many objects, all of which stay, and the collector looks through them again and again: a tenth of the
-    time that they take (``benchmarks/bench_import.py``).
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def spare_from_collection() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from bentoml import Model, Tag
 
-from bentoml_detectron import store
+from bentoml_detectron import imports, store
 from bentoml_detectron.errors import InvalidArgumentError, OptimizationError
 from bentoml_detectron.images import ImageLike
 from bentoml_detectron.results import Detections
@@ -117,9 +117,10 @@ def optimize(
     found = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
 
     # What may be wrong with these is said before PyTorch is imported, which takes seconds.
-    from bentoml_detectron import engines
-    from bentoml_detectron.model import load, module_of
-    from bentoml_detectron.predictor import Predictor
+    with imports.for_less():
+        from bentoml_detectron import engines
+        from bentoml_detectron.model import load, module_of
+        from bentoml_detectron.predictor import Predictor
 
     engines.check("int8")
     saved = store.open_model(found, trust_remote_code=trust_remote_code, trusted=trusted)

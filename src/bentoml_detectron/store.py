@@ -18,6 +18,7 @@ import cloudpickle
 from bentoml import Model, Tag
 from bentoml.exceptions import BentoMLException, NotFound
 
+from bentoml_detectron import imports
 from bentoml_detectron.artifact import files, manifest, plain_yaml
 from bentoml_detectron.errors import (
     CorruptFileError,
@@ -27,7 +28,6 @@ from bentoml_detectron.errors import (
     ModelNotFoundError,
     SaveError,
 )
-from bentoml_detectron.memory import without_collection
 from bentoml_detectron.staging import check_free, publish, staged
 
 # BentoML's adapters, its own and those of other distributions, all build on these.
@@ -197,8 +197,9 @@ def check_precision(bento_model: Model, precision: Precision, device_id: str = "
         UnknownDeviceError: There is no such device.
         InvalidModelError: Its manifest is damaged.
     """
-    from bentoml_detectron import engines
-    from bentoml_detectron.model import check_device
+    with imports.for_less():
+        from bentoml_detectron import engines
+        from bentoml_detectron.model import check_device
 
     folder = Path(bento_model.path)
     is_calibrated = (folder / manifest.MANIFEST).is_file() and manifest.read(folder).calibration is not None
@@ -213,7 +214,7 @@ def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = Fals
         bento_model = get(bento_model)
     if isinstance(trusted, str) or not all(isinstance(each, str) and each for each in trusted):
         raise InvalidArgumentError(f"trusted is {trusted!r}; give a list of modules, as ['my_package']", value=trusted)
-    with without_collection():
+    with imports.for_less():
         from bentoml_detectron import model  # noqa: F401 all that loading needs
         from bentoml_detectron.artifact import folder
 

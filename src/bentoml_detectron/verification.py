@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from bentoml import Model, Tag
 
-from bentoml_detectron import store
+from bentoml_detectron import imports, store
 from bentoml_detectron.artifact import files, manifest
 from bentoml_detectron.errors import DetectronError, InvalidModelError, UnknownDeviceError
-from bentoml_detectron.memory import without_collection
 
 if TYPE_CHECKING:
     from bentoml_detectron.artifact.folder import SavedModel
@@ -76,7 +75,7 @@ def verify(
     except InvalidModelError as exc:
         return VerifyReport(str(bento_model), (_line(exc),), (), None)
 
-    with without_collection():
+    with imports.for_less():
         from bentoml_detectron.model import check_device  # PyTorch, which takes seconds to import
 
     check_device(device_id)

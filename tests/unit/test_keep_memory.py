@@ -1,13 +1,11 @@
-"""The C library keeps what is freed, unless the environment says no; and the collector rests while it is told to."""
+"""The C library keeps what is freed, unless the environment says no."""
 
 from __future__ import annotations
 
-import gc
 import platform
 
 import pytest
 
-from bentoml_detectron.memory import without_collection
 from support import run_python
 
 FAULTS = """
@@ -37,16 +35,3 @@ def test_environment_leaves_the_c_library_as_it_is():
     kept, faults = run_python(FAULTS, BENTOML_DETECTRON_KEEP_MEMORY="0").stdout.split()
     assert kept == "False"
     assert int(faults) >= 32
-
-
-@pytest.mark.parametrize("is_enabled", [True, False])
-def test_collector_rests_only_while_it_is_told_to(is_enabled):
-    before = gc.isenabled()
-    try:
-        (gc.enable if is_enabled else gc.disable)()
-        with pytest.raises(KeyError), without_collection():
-            assert not gc.isenabled()
-            raise KeyError
-        assert gc.isenabled() == is_enabled
-    finally:
-        (gc.enable if before else gc.disable)()

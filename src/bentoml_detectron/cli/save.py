@@ -48,10 +48,9 @@ def command(
       bentoml detectron save --config-file retinanet.py --weights model.pth --name retinanet \\
         --trust-remote-code model.num_classes=10
     """
-    from bentoml_detectron import save_model
-    from bentoml_detectron.memory import without_collection
+    from bentoml_detectron import imports, save_model
 
-    with without_collection():
+    with imports.for_less():
         from bentoml_detectron import from_files
 
     # What Detectron2 says of names and shapes is in the summary, or in the error.

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bentoml_detectron import imports
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from detectron2.engine import DefaultPredictor
@@ -25,8 +27,9 @@ def config() -> CfgNode:
 
     Registers the class names in Detectron2's ``MetadataCatalog`` as the dataset ``"handwritten_digits"``.
     """
-    from detectron2.config import get_cfg
-    from detectron2.data import MetadataCatalog
+    with imports.for_less():
+        from detectron2.config import get_cfg
+        from detectron2.data import MetadataCatalog
 
     MetadataCatalog.get(DATASET).set(thing_classes=list(CLASSES))
     cfg = get_cfg()
@@ -37,7 +40,8 @@ def config() -> CfgNode:
 
 def predictor() -> DefaultPredictor:
     """The demo model as Detectron2's own predictor; it takes (H, W, 3) uint8 images in BGR."""
-    from detectron2.engine import DefaultPredictor
+    with imports.for_less():
+        from detectron2.engine import DefaultPredictor
 
     return DefaultPredictor(config())
 

@@ -220,9 +220,10 @@ def _end_with(parent: int) -> None:
 
 def _load(connection: Connection) -> Predictor | None:
     """Loads a model and says so, or why not."""
-    from bentoml_detectron.memory import keep_freed_memory, spare_from_collection, without_collection
+    from bentoml_detectron import imports
+    from bentoml_detectron.memory import keep_freed_memory, spare_from_collection
 
-    with without_collection():
+    with imports.for_less():
         import torch
         from bentoml._internal.context import server_context
         from bentoml._internal.log import configure_server_logging
