@@ -31,6 +31,9 @@ from bentoml_detectron.image_headers import webp_size
 ImageLike: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | np.ndarray
 """An encoded image, the path of one, a PIL image, or a BGR array."""
 
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+"""What an image's name ends with, in a folder, in whatever case."""
+
 _TAKEN = "JPEG, PNG, WebP and BMP are taken"
 
 _MODES = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])

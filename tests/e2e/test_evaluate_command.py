@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -178,6 +179,8 @@ def test_a_worse_model_is_told_apart(digits_home, tmp_path, bentoml_home):
         (("digits", "--annotations", "none.json", "--images", str(IMAGES)), "Error: cannot read none.json (No such file"),
         (("digits", "--annotations", str(ANNOTATIONS), "--images", "none"), "Error: none is no folder; give that of"),
         (("digits", *ON_DEMO, "--json", "/none/a.json"), "Error: there is no folder /none; give another --json"),
+        (("digits", *ON_DEMO, "--json", "/dev"), "Error: /dev is a folder; give another --json"),
+        (("digits", *ON_DEMO, "--compare", "none"), "Error: no Models with name 'none' exist"),
         (("digits", *ON_DEMO, "--classes", "ten"), "Error: annotations.json has no class 'ten'; it has 0, 1, 2 and 7 more"),
         (("digits", *ON_DEMO, "--keypoint-sigmas", "a"), "Error: --keypoint-sigmas is 'a'; give numbers with commas between"),
         (("--url", "here", *ON_DEMO), "Error: 'here' is no URL of a service; give one as http://127.0.0.1:3000"),
@@ -188,6 +191,18 @@ def test_an_error_is_one_line_with_the_cure(arguments, said, digits_home):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith(said)
     assert result.stderr.count("\n") == 1
+
+
+def test_what_was_measured_is_shown_also_where_the_report_cannot_be_written(digits_home, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")  # no UTF-8
+    folder.mkdir()
+    (folder / "annotations.json").write_bytes(ANNOTATIONS.read_bytes())
+    where = ("--annotations", str(folder / "annotations.json"), "--images", str(IMAGES), "--classes", "4")
+    result = ran(digits_home, "digits", *where, "--json", "/dev/full")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "Error: cannot write /dev/full (No space left on device); give another --json"
+    assert "AP50" in result.stdout
+    assert "caf\ufffd" in result.stdout
 
 
 def test_an_image_that_cannot_be_read_is_named(digits_home, tmp_path, server):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -158,6 +161,33 @@ def test_sigmas_of_other_keypoints_are_given_or_the_same_for_each():
             evaluate(found, truth, keypoint_sigmas=wrong)
 
 
+@pytest.mark.parametrize("unseen", [None, [], [0] * 51])
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_who_was_annotated_without_keypoints_is_nothing_to_find_and_nothing_found_wrongly(unseen, crowd):
+    points = [value for x in range(17) for value in (12 + 2 * x, 20 + 2 * x, 2)]
+    without = annotation(5, 1, "dog", [55, 5, 20, 20], crowd=crowd)
+    truth = content([1], [annotation(4, 1, "dog", BOX, keypoints=points), without])
+    if unseen is not None:
+        without["keypoints"] = unseen
+    other = [value + 40 if place % 3 == 0 else value - 15 for place, value in enumerate(points)]
+    poses = np.array([points, other], np.float32).reshape(2, 17, 3)
+    found = detections([BOX, [55, 5, 20, 20]], [0.8, 0.9], [1, 1], poses)
+    assert evaluate({1: found}, truth).tasks["keypoint"].metrics["AP"] == pytest.approx(1)
+
+
+def test_nothing_is_printed_and_threads_keep_their_output(capsys):
+    """Another `sys.stdout`, meanwhile, would be that of all threads, and the last to go could leave its own there."""
+    truth, found = random_dataset(1)
+    before = sys.stdout
+    with ThreadPoolExecutor(4) as pool:
+        several = [pool.submit(evaluate, found, truth) for _ in range(12)]
+        seen = {id(sys.stdout) for _ in range(2000) if not time.sleep(0.0001)}
+        assert len({json.dumps(each.result().to_dict()) for each in several}) == 1
+    assert seen == {id(before)}
+    assert sys.stdout is before
+    assert capsys.readouterr().out == ""
+
+
 # Classes by name
 
 
@@ -203,6 +233,27 @@ def test_without_names_ids_are_places_as_in_detectron2():
     assert "carries no class names" in measured.notes[0]
     with pytest.raises(InvalidArgumentError, match="the model finds the class 3, the ground truth has 3 categories"):
         evaluate({1: detections([BOX], [1], [3], names=())}, content([1], []))
+
+
+def test_without_names_chosen_classes_keep_their_places():
+    truth, found = random_dataset(1)
+    places = {"bird": 0, "cat": 1, "dog": 2}
+    bare = {key: detections(each.boxes, each.scores, [places[name] for name in each.class_names], each.keypoints, ())
+            for key, each in found.items()}  # fmt: skip
+    due = evaluate(found, truth, classes=["dog"]).to_dict()["tasks"]
+    assert evaluate(bare, truth, classes=["dog"]).to_dict()["tasks"] == due
+
+
+def test_of_chosen_classes_no_note_says_that_the_others_are_not_there():
+    truth, found = random_dataset(1)
+    assert evaluate(found, truth, thing_classes=NAMES, classes=["dog"]).notes == ()
+    assert evaluate(found, truth, classes=["dog"]).notes == ()
+
+
+def test_names_that_the_annotations_lack_are_noted_also_where_the_model_s_names_are_not_given():
+    truth = content([1], [annotation(1, 1, "dog", BOX)])
+    measured = evaluate({1: detections([BOX], [1], [0], names=("Dog",))}, truth)
+    assert measured.notes == ("what is found of 'Dog' is left out: the ground truth has no such class",)
 
 
 # Panoptic quality
@@ -459,6 +510,23 @@ def test_images_of_maps_are_those_of_the_same_name(tmp_path):
     assert truths.read(tmp_path / "maps").files(tmp_path) == {"a": tmp_path / "a.JPG", "b": tmp_path / "b.webp"}
 
 
+def test_maps_in_the_folder_of_their_images_are_no_images(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / name)
+    (tmp_path / "a.jpe").touch()
+    (tmp_path / "b.JFIF").touch()
+    assert truths.read(tmp_path).files(tmp_path) == {"a": tmp_path / "a.jpe", "b": tmp_path / "b.JFIF"}
+
+
+def test_two_images_of_one_map_are_an_error_that_names_them(tmp_path):
+    (tmp_path / "maps").mkdir()
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "maps" / "a.png")
+    for name in ("a.jpg", "a.png", "other.jpg", "other.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(ImageError, match=r"a\.jpg, a\.png in .* could both be"):
+        truths.read(tmp_path / "maps").files(tmp_path)
+
+
 # Files
 
 
@@ -485,6 +553,10 @@ def test_images_of_maps_are_those_of_the_same_name(tmp_path):
             for rle in WRONG_RLES
         ),
         (lambda file: file["annotations"][0].update(keypoints=[1, 2]), "the annotation 4 has keypoints that"),
+        (lambda file: file["annotations"][0].update(iscrowd="0"), "the annotation 4 has iscrowd '0'; it should be 0 or 1"),
+        (lambda file: file["annotations"][0].update(category_id=[1]), r"the annotation 4 is of the category \[1\], which"),
+        (lambda file: file["categories"][0].update(id=1.7), "COCO annotation file: .*the category id 1.7 is no whole number"),
+        (lambda file: file["images"][0].update(height=math.inf), "no COCO annotation file: OverflowError"),
         (lambda file: file["annotations"][1].pop("segmentation"), "has segmentations, but not of the annotations 5"),
     ],
 )  # fmt: skip
@@ -493,6 +565,32 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_where(change, said):
     change(file)
     with pytest.raises(InvalidArgumentError, match=said):
         evaluate({1: detections([BOX], [1], [1])}, file)
+
+
+def test_an_rle_of_another_size_is_an_error_also_where_the_file_has_no_sizes():
+    file = content([1], [annotation(4, 1, "dog", BOX)])
+    del file["images"][0]["height"]
+    file["annotations"][0]["segmentation"] = {"size": [30, 160], "counts": [4800]}
+    with pytest.raises(InvalidArgumentError, match=r"an RLE of 30 rows and 160 columns, 1\.jpg has 60 and 80"):
+        evaluate({1: detections([BOX], [1], [1])}, file)
+
+
+def test_boxes_may_be_tuples_and_rles_as_pycocotools_gives_them():
+    file = content([1], [annotation(4, 1, "dog", BOX)])
+    found = evaluate({1: detections([BOX], [1], [1])}, file)
+    file["annotations"][0]["bbox"] = tuple(file["annotations"][0]["bbox"])
+    file["annotations"][0]["segmentation"]["counts"] = file["annotations"][0]["segmentation"]["counts"].encode()
+    assert evaluate({1: detections([BOX], [1], [1])}, file).to_dict() == found.to_dict()
+
+
+def test_segments_that_are_none_and_names_that_no_file_has_are_errors_that_say_so(tmp_path):
+    row = {"image_id": 1, "file_name": "1.png", "segments_info": [3]}
+    with pytest.raises(InvalidArgumentError, match="has the segment 3, of no category"):
+        truths.read(content([1], [row]), panoptic_root=tmp_path)
+    file = content([1], [])
+    file["images"][0]["file_name"] = "x" * 300
+    with pytest.raises(ImageError, match="xxx of the ground truth is not in"):
+        truths.read(file).files(tmp_path)
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):

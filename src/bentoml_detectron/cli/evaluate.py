@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,8 @@ def command(
       bentoml detectron evaluate --url http://127.0.0.1:3000 --annotations val.json --images val --json report.json
       bentoml detectron evaluate new:latest --compare old:latest --annotations val.json --images val
     """
-    _check_target(tag, url, json_file)
+    _check_target(tag, url, other, json_file)
+    from bentoml_detectron.dataset.prediction import written
     from bentoml_detectron.evaluation import compare, evaluate, ground_truth
 
     truth = ground_truth.read(annotations, panoptic_root=panoptic_root)
@@ -103,7 +104,7 @@ def command(
     local = partial(_local, device=device, trust_remote_code=trust_remote_code, trusted=trusted)
     with _served(tag, url, connections) if url else local(str(tag), precision=precision) as source:
         evaluation = measure(source)
-    report = {"model": source.name, "annotations": str(annotations), **evaluation.to_dict()}
+    report = {"model": source.name, "annotations": written(str(annotations)), **evaluation.to_dict()}
     comparison = None
     if other is not None:
         with local(other, precision="fp32") as source:
@@ -113,12 +114,18 @@ def command(
     _show(report, evaluation, comparison, json_file)
 
 
-def _check_target(tag: str | None, url: str | None, json_file: Path | None) -> None:
+def _check_target(tag: str | None, url: str | None, other: str | None, json_file: Path | None) -> None:
     """What can be known before the model runs, which may take hours."""
+    from bentoml_detectron.store import get
+
     if tag is None and url is None:
         raise InvalidArgumentError("there is nothing to evaluate; give the TAG of a saved model, or --url of a service")
     if json_file is not None and str(json_file) != "-" and not json_file.parent.is_dir():
         raise InvalidArgumentError(f"there is no folder {json_file.parent}; give another --json", value=str(json_file))
+    if json_file is not None and json_file.is_dir():
+        raise InvalidArgumentError(f"{json_file} is a folder; give another --json", value=str(json_file))
+    if other is not None:
+        get(other)
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -178,16 +185,10 @@ def _measured(truth: GroundTruth, files: list[Path], evaluate: Callable[..., Eva
 
 
 def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file: Path | None) -> None:
-    if json_file is not None:
-        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        if str(json_file) == "-":
-            click.echo(text, nl=False)
-            return
-        try:
-            json_file.write_text(text)
-        except OSError as exc:
-            raise InvalidArgumentError(f"cannot write {json_file} ({exc.strerror}); give another --json",
-                                       value=str(json_file)) from exc  # fmt: skip
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if str(json_file) == "-":
+        click.echo(text, nl=False)
+        return
     from bentoml_detectron.evaluation.report import tables
 
     head = report["model"] if comparison is None else f"{report['model']} against {report['comparison']['with']['model']}"
@@ -196,6 +197,23 @@ def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file
         _print(table)
     for note in evaluation.notes:
         click.echo(f"note: {note}")
+    if json_file is not None:  # last, as the disk may be full
+        _write(text, json_file)
+
+
+def _write(text: str, path: Path) -> None:
+    """Writes a file, whole or not at all."""
+    new = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout, or a pipe
+            path.write_text(text, encoding="utf-8")
+            return
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as exc:
+        with suppress(OSError):
+            new.unlink()
+        raise InvalidArgumentError(f"cannot write {path} ({exc.strerror}); give another --json", value=str(path)) from exc
 
 
 def _print(table: Table) -> None:

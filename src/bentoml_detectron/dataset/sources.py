@@ -19,9 +19,8 @@ import orjson
 
 from bentoml_detectron.dataset import parquet_source
 from bentoml_detectron.errors import InvalidArgumentError
+from bentoml_detectron.images import SUFFIXES
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
-"""What an image's name ends with, in a folder; the formats that `images` decodes."""
 STDIN = "-"
 
 Source = str | os.PathLike[str]

@@ -65,7 +65,7 @@ def evaluate(
     if classes is not None:
         truth = truths.chosen(truth, classes)
     notes = _checked_names(truth, thing_classes, stuff_classes)
-    collector = _collector(truth, stuff_classes or thing_classes, keypoint_sigmas)
+    collector = _collector(truth, thing_classes, stuff_classes, keypoint_sigmas)
     places = {each.id: place for place, each in enumerate(truth.images)}
     left = dict.fromkeys(places)
     for image_id, found in predictions.items() if isinstance(predictions, Mapping) else predictions:
@@ -103,12 +103,15 @@ def _checked_names(truth: GroundTruth, thing_classes: Sequence[str] | None, stuf
 
 
 def _collector(
-    truth: GroundTruth, names: Sequence[str] | None, keypoint_sigmas: Sequence[float] | None
+    truth: GroundTruth,
+    thing_classes: Sequence[str] | None,
+    stuff_classes: Sequence[str] | None,
+    keypoint_sigmas: Sequence[float] | None,
 ) -> Instances | Panoptic | Semantic:
     from bentoml_detectron.evaluation import average_precision, segmentation
 
     if truth.kind == "instances":
-        return average_precision.Instances(truth, keypoint_sigmas)
+        return average_precision.Instances(truth, keypoint_sigmas, with_names=bool(thing_classes))
     if truth.kind == "panoptic":
         return segmentation.Panoptic(truth)
-    return segmentation.Semantic(truth, names)
+    return segmentation.Semantic(truth, stuff_classes or thing_classes)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bentoml_detectron.errors import DependencyMissingError, InvalidArgumentError
-from bentoml_detectron.evaluation.ground_truth import Category, GroundTruth, listed
+from bentoml_detectron.evaluation.ground_truth import Category, GroundTruth, ImageId, Picture, listed
 from bentoml_detectron.evaluation.statistics import Task
 from bentoml_detectron.results import Detections
 
@@ -97,16 +97,23 @@ class Matches:
 class Instances:
     """Takes each image's detections, and measures what they and the annotations have: boxes, masks, keypoints."""
 
-    def __init__(self, truth: GroundTruth, keypoint_sigmas: Sequence[float] | None) -> None:
+    def __init__(self, truth: GroundTruth, keypoint_sigmas: Sequence[float] | None, *, with_names: bool) -> None:
         self.notes: list[str] = []
+        self._with_names = with_names  # which have been looked for in the ground truth
         self._truth = truth
         self._sigmas = keypoint_sigmas
         self._ids = {each.name: each.id for each in truth.categories}
-        self._ordered = [each.id for each in truth.categories]
+        self._every = {each.name: each.id for each in truth.every}
+        self._unknown: dict[str, None] = {}
         self._rows: list[dict[str, Any]] = []
         self._sizes: list[tuple[int, int]] = [(0, 0)] * len(truth.images)
         self._with_masks = self._with_keypoints = True
         self._keypoints: set[int] = set()
+        self._posed = _posed(truth.annotations)
+        self._rle_sizes: dict[ImageId, set[tuple[int, int]]] = {each.id: set() for each in truth.images if each.size is None}
+        for each in truth.annotations if self._rle_sizes else ():
+            if isinstance(mask := each.get("segmentation"), dict) and each["image_id"] in self._rle_sizes:
+                self._rle_sizes[each["image_id"]].add((mask["size"][0], mask["size"][1]))
         if any("area" not in each for each in truth.annotations):
             self.notes.append(f"{truth.source} has annotations without an area: that of their boxes is taken")
 
@@ -115,47 +122,72 @@ class Instances:
         if found.boxes.shape[1] != 4:
             raise InvalidArgumentError("the model's boxes are rotated; COCO's average precision is of upright ones")
         self._sizes[place] = found.image_size
+        self._check_sizes(self._truth.images[place], found.image_size)
         self._with_masks &= found.masks is not None
         self._with_keypoints &= found.keypoints is not None
-        if found.keypoints is not None:
-            self._keypoints.add(found.keypoints.shape[1])
+        if self._with_masks and place == 0:  # and not when all else is done
+            self._check_masks()
+        if found.keypoints is not None and (count := found.keypoints.shape[1]) not in self._keypoints:
+            self._keypoints.add(count)
+            self._check_keypoints()
         for name, label, row in zip(found.class_names, found.class_ids.tolist(), found.to_coco(place), strict=True):
             category = self._category(name, label)
             if category is not None:
                 self._rows.append({**row, "category_id": category})
 
+    def _check_sizes(self, image: Picture, size: tuple[int, int]) -> None:
+        """Checks the RLEs of an image whose size the file does not have, for which no other mask would match them."""
+        if odd := [each for each in self._rle_sizes.get(image.id, ()) if each != size]:
+            raise InvalidArgumentError(
+                f"{self._truth.source} has an RLE of {odd[0][0]} rows and {odd[0][1]} columns, {image.file_name} has {size[0]} "
+                f"and {size[1]}; give the images that were annotated",
+                value=odd[0],
+            )
+
     def _category(self, name: str, label: int) -> int | None:
         """COCO's id of a class by its name; without one by Detectron2's own rule, the place among the sorted ids."""
         if name:
+            if name not in self._every:
+                self._unknown[name] = None
             return self._ids.get(name)
-        note = "the model carries no class names: its ids are the places of the categories, in the order of their ids"
-        if note not in self.notes:
-            self.notes.append(note)
-        if label >= len(self._ordered):
+        self._note("the model carries no class names: its ids are the places of the categories, in the order of their ids")
+        if label >= len(self._every):
             raise InvalidArgumentError(
-                f"the model finds the class {label}, {self._truth.source} has {len(self._ordered)} categories; save the model "
+                f"the model finds the class {label}, {self._truth.source} has {len(self._every)} categories; save the model "
                 "with its classes' names",
                 value=label,
             )
-        return self._ordered[label]
+        return self._ids.get([*self._every][label])
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def finish(self) -> dict[str, Task]:
         """The tasks that were measured, by name."""
         annotations = self._truth.annotations
+        if self._unknown and not self._with_names:
+            unknown = listed(map(repr, self._unknown))
+            self._note(f"what is found of {unknown} is left out: {self._truth.source} has no such class")
         tasks = {"box": self._measured("box", self._rows, annotations, None)}
         if self._with_masks and self._has_masks():
             # With "bbox", the areas of boxes would stand for those of masks.
             rows = [{key: value for key, value in row.items() if key != "bbox"} for row in self._rows]
             tasks["mask"] = self._measured("mask", rows, annotations, None)
-        if self._with_keypoints and self._keypoints:
-            posed = [each for each in annotations if each.get("keypoints")]
-            if posed:
-                tasks["keypoint"] = self._measured("keypoint", self._rows, posed, self._checked_sigmas(posed))
-            else:
-                self.notes.append(f"{self._truth.source} has no keypoints, so there is no AP of these")
+        elif self._with_masks:
+            self.notes.append(f"{self._truth.source} has no segmentations, so there is no AP of masks")
+        if self._with_keypoints and self._keypoints and self._posed:
+            tasks["keypoint"] = self._measured("keypoint", self._rows, self._posed, self._of_keypoints())
+        elif self._with_keypoints and self._keypoints:
+            self.notes.append(f"{self._truth.source} has no keypoints, so there is no AP of these")
+        elif self._sigmas is not None:
+            self.notes.append("the model finds no keypoints, so keypoint_sigmas say nothing")
         return tasks
 
     def _has_masks(self) -> bool:
+        return all(each.get("segmentation") for each in self._truth.annotations)
+
+    def _check_masks(self) -> None:
         annotations = self._truth.annotations
         without = [each.get("id", place) for place, each in enumerate(annotations) if not each.get("segmentation")]
         if without and len(without) < len(annotations):
@@ -164,24 +196,25 @@ class Instances:
                 "all of them out to measure boxes",
                 value=without,
             )
-        if without:
-            self.notes.append(f"{self._truth.source} has no segmentations, so there is no AP of masks")
-        return not without
 
-    def _checked_sigmas(self, posed: Sequence[Mapping[str, Any]]) -> NDArray[np.float64]:
-        counts = {len(each["keypoints"]) // 3 for each in posed} | self._keypoints
+    def _check_keypoints(self) -> None:
+        counts = {len(each["keypoints"]) // 3 for each in self._posed} | self._keypoints
         if len(counts) > 1:
             raise InvalidArgumentError(
                 f"the model and {self._truth.source} have different numbers of keypoints: {sorted(counts)}", value=counts
             )
-        (count,) = counts
         if self._sigmas is not None:
-            given = np.asarray(self._sigmas, np.float64)
+            given, (count,) = np.asarray(self._sigmas, np.float64), counts
             if given.shape != (count,) or not (np.isfinite(given) & (given > 0)).all():
                 raise InvalidArgumentError(
                     f"keypoint_sigmas is {self._sigmas!r:.80}; give {count} numbers above 0", value=self._sigmas
                 )
-            return given
+
+    def _of_keypoints(self) -> NDArray[np.float64]:
+        """Sigmas of the keypoints that there are."""
+        (count,) = self._keypoints
+        if self._sigmas is not None:
+            return np.asarray(self._sigmas, np.float64)
         if count == len(COCO_SIGMAS):
             return np.array(COCO_SIGMAS)
         self.notes.append(f"the AP of {count} keypoints is with a sigma of 1/{count} for each; give others as keypoint_sigmas")
@@ -217,6 +250,15 @@ class Instances:
         }
 
 
+def _posed(annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Annotations of the categories that have keypoints. Who was annotated without any is not seen, and what is found there is
+    not counted, as COCO has it."""
+    posed = [each for each in annotations if each.get("keypoints")]
+    categories = {each["category_id"] for each in posed}
+    unseen = {"keypoints": [0] * max((len(each["keypoints"]) for each in posed), default=0), "num_keypoints": 0}
+    return [each if each.get("keypoints") else {**each, **unseen} for each in annotations if each["category_id"] in categories]
+
+
 def _area(annotation: Mapping[str, Any]) -> float:
     """An object's area where the file does not say it: of its box, COCO's own being of the mask."""
     return float(annotation["bbox"][2] * annotation["bbox"][3])
@@ -229,23 +271,35 @@ def _evaluated(dataset: dict[str, Any], rows: Sequence[Mapping[str, Any]], kind:
         from pycocotools.cocoeval import COCOeval
     except ModuleNotFoundError as exc:
         raise DependencyMissingError("this needs pycocotools: pip install 'bentoml-detectron[evaluate]'") from exc
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = dataset
-        truth.createIndex()
-        if rows:
-            found = truth.loadRes([dict(row) for row in rows])
-        else:  # of which loadRes knows no kind
-            found = COCO()
-            found.dataset = {**dataset, "annotations": []}
-            found.createIndex()
-        evaluation = COCOeval(truth, found, kind)
-        if sigmas is not None:
-            evaluation.params.kpt_oks_sigmas = sigmas
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    quiet_coco, quiet_cocoeval = _quiet(COCO), _quiet(COCOeval)
+    truth = quiet_coco()
+    truth.dataset = dataset
+    truth.createIndex()
+    if rows:
+        found = truth.loadRes([dict(row) for row in rows])
+    else:  # of which loadRes knows no kind
+        found = quiet_coco()
+        found.dataset = {**dataset, "annotations": []}
+        found.createIndex()
+    evaluation = quiet_cocoeval(truth, found, kind)
+    if sigmas is not None:
+        evaluation.params.kpt_oks_sigmas = sigmas
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     return evaluation
+
+
+def _quiet(kind: type) -> Any:
+    """A class whose own methods print nothing. To put another `sys.stdout` in place would take it from all threads."""
+    names: dict[str, Any] = {**vars(sys.modules[kind.__module__]), "print": lambda *_, **__: None}
+    methods = {
+        name: FunctionType(each.__code__, names, name, each.__defaults__, each.__closure__)
+        for name, each in vars(kind).items()
+        if isinstance(each, FunctionType)
+    }
+    names[kind.__name__] = found = type(kind.__name__, (kind,), methods)
+    return found
 
 
 def _or_nan(values: Any) -> NDArray[np.float64]:

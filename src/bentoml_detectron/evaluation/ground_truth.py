@@ -5,17 +5,18 @@ from __future__ import annotations
 import codecs
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bentoml_detectron import masks
 from bentoml_detectron.errors import ImageError, InvalidArgumentError
+from bentoml_detectron.images import SUFFIXES
 
 ImageId = int | str
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_MAP = ".png"
 _NAMED = 3
 """Names that a message lists; of the others it says how many they are."""
 
@@ -55,6 +56,7 @@ class GroundTruth:
         categories: In the order of their ids; none of semantic maps, whose pixels are the model's class ids.
         annotations: COCO's, of instances one each, of panoptic segments one an image.
         folder: Of the PNGs, where there are any.
+        every: All of the file's categories, also where some were `chosen`.
     """
 
     kind: Literal["instances", "panoptic", "semantic"]
@@ -63,6 +65,7 @@ class GroundTruth:
     categories: tuple[Category, ...] = ()
     annotations: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     folder: Path | None = None
+    every: tuple[Category, ...] = ()
 
     def files(self, folder: str | Path) -> dict[ImageId, Path]:
         """Each image's file, by its id.
@@ -71,21 +74,41 @@ class GroundTruth:
             folder: Of the images.
 
         Raises:
-            ImageError: Some are not there; the message names them.
+            ImageError: Some are not there, or two could be one; the message names them.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise ImageError(f"{folder} is no folder; give that of the images", value=str(folder))
-        there = {}
-        if self.kind == "semantic":
-            there = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in _SUFFIXES}
+        there = self._by_stem(folder) if self.kind == "semantic" else {}
         found = {each.id: there.get(each.file_name, folder / each.file_name) for each in self.images}
-        if absent := [path.name for path in found.values() if not path.is_file()]:
+        if absent := [path.name for path in found.values() if not _is_file(path)]:
             raise ImageError(
                 f"{listed(absent)} of {self.source} {_is_are(absent)} not in {folder}; give the folder with its images",
                 value=absent,
             )
         return found
+
+    def _by_stem(self, folder: Path) -> dict[str, Path]:
+        """A folder's images by their names without the suffix; the maps, which may be in it, too, are none."""
+        due = {each.file_name for each in self.images}
+        maps = self.folder is not None and self.folder.resolve() == folder.resolve()
+        there: dict[str, Path] = {}
+        for path in sorted(folder.iterdir()):
+            is_image = path.suffix.lower() in SUFFIXES and not (maps and path.suffix == _MAP)
+            if not is_image or path.stem not in due:
+                continue
+            if path.stem in there:
+                names = [there[path.stem].name, path.name]
+                raise ImageError(f"{listed(names)} in {folder} could both be the map's image; leave one", value=names)
+            there[path.stem] = path
+        return there
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no system has a name so long, or with such characters
+        return False
 
 
 def read(annotations: str | Path | Mapping[str, Any], *, panoptic_root: str | Path | None = None) -> GroundTruth:
@@ -150,7 +173,8 @@ def check_names(truth: GroundTruth, names: Sequence[str], *, is_thing: bool) -> 
         raise InvalidArgumentError(
             f"the model has several classes of the name {twice[0]!r}; evaluate without it: give the classes", value=twice
         )
-    return [name for name in known if name not in due and not (name == "things" and not is_thing)]
+    there = {each.name for each in truth.every}
+    return [name for name in known if name not in there and not (name == "things" and not is_thing)]
 
 
 def chosen(truth: GroundTruth, classes: Sequence[str]) -> GroundTruth:
@@ -169,7 +193,7 @@ def chosen(truth: GroundTruth, classes: Sequence[str]) -> GroundTruth:
     if truth.kind == "instances":
         annotations = tuple(each for each in annotations if each["category_id"] in ids)
     # Of a panoptic map all segments stay: what is on an excluded one is no void.
-    return GroundTruth(truth.kind, truth.source, truth.images, kept, annotations, truth.folder)
+    return replace(truth, categories=kept, annotations=annotations)
 
 
 def _is_are(names: Sequence[object]) -> str:
@@ -177,7 +201,7 @@ def _is_are(names: Sequence[object]) -> str:
 
 
 def _of_folder(folder: Path) -> GroundTruth:
-    names = sorted(path.stem for path in folder.glob("*.png"))
+    names = sorted(path.stem for path in folder.glob(f"*{_MAP}"))
     if not names:
         raise InvalidArgumentError(f"{folder} holds no PNG; give a folder of semantic maps", value=str(folder))
     return GroundTruth("semantic", folder.name, tuple(Picture(name, name) for name in names), folder=folder)
@@ -191,7 +215,7 @@ def _of_content(content: Any, source: str, panoptic_root: str | Path | None) -> 
         categories = sorted((_category(each) for each in content["categories"]), key=lambda each: each.id)
         is_panoptic = any("segments_info" in each for each in content["annotations"])
         annotations = [dict(each) for each in content["annotations"]]
-    except (KeyError, TypeError, ValueError) as exc:
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
         raise InvalidArgumentError(f"{source} is no COCO annotation file: {exc!r}", value=source) from exc
     if not images or not categories:
         what = "image" if not images else "category"
@@ -201,12 +225,13 @@ def _of_content(content: Any, source: str, panoptic_root: str | Path | None) -> 
     _check_once("category", (each.name for each in categories), source)
     if not is_panoptic:
         _check_instances(annotations, images, categories, source)
-        return GroundTruth("instances", source, tuple(images), tuple(categories), tuple(annotations))
+        return GroundTruth("instances", source, tuple(images), tuple(categories), tuple(annotations), every=tuple(categories))
     if panoptic_root is None or not Path(panoptic_root).is_dir():
         raise InvalidArgumentError(f"there is no folder {panoptic_root}; give that of {source}'s PNGs as panoptic_root",
                                    value=panoptic_root)  # fmt: skip
     _check_panoptic(annotations, images, categories, source)
-    return GroundTruth("panoptic", source, tuple(images), tuple(categories), tuple(annotations), Path(panoptic_root))
+    root = Path(panoptic_root)
+    return GroundTruth("panoptic", source, tuple(images), tuple(categories), tuple(annotations), root, tuple(categories))
 
 
 _LISTS = ("images", "annotations", "categories")
@@ -220,6 +245,8 @@ def _picture(given: dict[str, Any]) -> Picture:
 
 
 def _category(given: dict[str, Any]) -> Category:
+    if int(given["id"]) != given["id"]:
+        raise ValueError(f"the category id {given['id']!r} is no whole number")
     return Category(int(given["id"]), str(given["name"]), bool(given.get("isthing", 1)))
 
 
@@ -238,9 +265,9 @@ def _check_instances(
         box = each.get("bbox")
         if not isinstance(each.get("image_id"), (int, str)) or each["image_id"] not in sizes:
             fault = f"is of the image {each.get('image_id')!r}, which is not there"
-        elif each.get("category_id") not in category_ids:
+        elif not _is_one_of(each.get("category_id"), category_ids):
             fault = f"is of the category {each.get('category_id')!r}, which is not there"
-        elif not isinstance(box, list) or len(box) != 4 or not all(_is_number(number) for number in box):
+        elif not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(number) for number in box):
             fault = f"has the box {box!r:.80}; it should be x, y, width, height"
         elif each.get("segmentation") and not _is_mask(each["segmentation"], sizes[each["image_id"]]):
             fault = "has a segmentation that is neither polygons of three points and more nor an RLE of its image's size"
@@ -248,11 +275,18 @@ def _check_instances(
             fault = f"has the area {each['area']!r:.80}; it should be a number of pixels"
         elif "keypoints" in each and not _are_points(each["keypoints"]):
             fault = "has keypoints that are not x, y, visibility of each"
+        elif each.get("iscrowd") not in (None, 0, 1):
+            fault = f"has iscrowd {each['iscrowd']!r:.80}; it should be 0 or 1"
         if fault:
             raise InvalidArgumentError(f"{source}: the annotation {each.get('id', place)!r} {fault}", value=each.get("id"))
+        each["bbox"] = list(each["bbox"])
         each["iscrowd"] = int(bool(each.get("iscrowd")))
         if "keypoints" in each:
             each["num_keypoints"] = sum(visibility > 0 for visibility in each["keypoints"][2::3])
+
+
+def _is_one_of(value: object, ids: Collection[int]) -> bool:
+    return isinstance(value, (int, float)) and value in ids
 
 
 def _is_number(value: object) -> bool:
@@ -270,6 +304,8 @@ def _is_mask(given: object, size: tuple[int, int] | None) -> bool:
 def _is_rle(given: Mapping[str, Any], image_size: tuple[int, int] | None) -> bool:
     """Whether it is a mask in COCO's RLE, compressed or not. pycocotools reads on behind the end of one that is cut short."""
     size, counts = given.get("size"), given.get("counts")
+    if isinstance(counts, bytes):  # as pycocotools.mask.encode gives them
+        counts = counts.decode("latin-1")
     if not isinstance(size, list) or [type(each) for each in size] != [int, int] or tuple(size) != (image_size or tuple(size)):
         return False
     if isinstance(counts, list):
@@ -289,7 +325,7 @@ def _check_panoptic(
     annotations: Sequence[dict[str, Any]], images: Sequence[Picture], categories: Sequence[Category], source: str
 ) -> None:
     category_ids = {each.id for each in categories}
-    of_image = Counter(each.get("image_id") for each in annotations)
+    of_image = Counter(each.get("image_id") for each in annotations if isinstance(each.get("image_id"), (int, str)))
     if absent := [each.file_name for each in images if of_image[each.id] != 1]:
         raise InvalidArgumentError(f"{source} has not one annotation of each image: see {listed(absent)}", value=absent)
     for each in annotations:
@@ -297,6 +333,10 @@ def _check_panoptic(
         if not isinstance(each.get("file_name"), str) or not isinstance(segments, list):
             raise InvalidArgumentError(f"{source}: the image {each.get('image_id')!r} has no PNG or no segments", value=source)
         for segment in segments:
-            if not isinstance(segment.get("id"), int) or segment.get("category_id") not in category_ids:
+            if (
+                not isinstance(segment, dict)
+                or not isinstance(segment.get("id"), int)
+                or not _is_one_of(segment.get("category_id"), category_ids)
+            ):
                 raise InvalidArgumentError(f"{source}: the image {each['image_id']!r} has the segment {segment!r:.80}, of no "
                                            "category that is there", value=segment)  # fmt: skip

@@ -2,7 +2,7 @@
 
 Panoptic quality is that of Kirillov et al., "Panoptic Segmentation" (CVPR 2019), with their rules for void and crowds. Mean IoU
 is that of Everingham et al., "The PASCAL Visual Object Classes Challenge" (IJCV 2010), over the classes that the ground truth
-has, as in Detectron2's ``SemSegEvaluator``.
+has, as in the ``SemSegEvaluator`` of Detectron2's main branch; that of version 0.6 also counts classes that are only found.
 """
 
 from __future__ import annotations
