@@ -114,6 +114,11 @@ class ImageError(InvalidArgumentError):
     def __init__(self, message: str, *, index: int | None = None, value: Any = None) -> None:
         super().__init__(message if index is None else f"image {index}: {message}", value=value)
         self.index = index
+        self._reason = message
+
+    def named(self, name: str) -> ImageError:
+        """The same of an image that has a name, in place of its place in a call."""
+        return type(self)(f"{name}: {self._reason}", value=self.value)
 
 
 class UnsupportedImageError(ImageError):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, TypeGuard
 
 from bentoml_detectron.errors import InvalidArgumentError
 
@@ -48,21 +49,24 @@ def options(
     Args:
         dataset: The model's, for the names of its classes.
         score_threshold: In [0, 1].
-        classes: Names of thing or stuff classes, and contiguous ids: of things, or of a semantic model's classes. A text of
-            digits is an id where no class has that name.
+        classes: Names of thing or stuff classes, blanks around them aside, and contiguous ids: of things, or of a semantic
+            model's classes. A text of digits is an id where no class has that name.
         top_k: From 1 to `MAX_TOP_K`.
 
     Raises:
         InvalidArgumentError: (``ValueError``) One is out of range, or the model has no such class.
     """
     if score_threshold is not None:
-        if isinstance(score_threshold, bool) or not isinstance(score_threshold, (int, float)):
+        given: object = score_threshold
+        if isinstance(given, bool) or not isinstance(given, Real):  # NumPy's numbers are some, too
             raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; give a number", value=score_threshold)
         if not (math.isfinite(score_threshold) and 0 <= score_threshold <= 1):
             raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; it is from 0 to 1", value=score_threshold)
         score_threshold = float(score_threshold)
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K):
-        raise InvalidArgumentError(f"top_k is {top_k!r}; it is a whole number from 1 to {MAX_TOP_K:,}", value=top_k)
+    if top_k is not None:
+        if not _is_whole(top_k) or not 1 <= top_k <= MAX_TOP_K:
+            raise InvalidArgumentError(f"top_k is {top_k!r}; it is a whole number from 1 to {MAX_TOP_K:,}", value=top_k)
+        top_k = int(top_k)
     if classes is None:
         return Options(score_threshold, top_k)
     thing_names = (dataset and dataset.thing_classes) or []
@@ -98,19 +102,29 @@ def _ids(
     return frozenset(things | numbers), frozenset(stuff), frozenset(stuff | numbers)
 
 
-def _places(names: list[str], wanted: Collection[str]) -> dict[str, list[int]]:
-    """The ids of those that are wanted, of which a dataset may have one name several times."""
+def _places(names: list[str], wanted: set[str]) -> dict[str, list[int]]:
+    """The ids of those that are wanted, of which a dataset may have one name several times, or with blanks around it."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names if wanted else ()):
-        if name in wanted:
-            places.setdefault(name, []).append(place)
+        for each in {name, name.strip()} & wanted:
+            places.setdefault(each, []).append(place)
     return places
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, Python's or NumPy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def plain(classes: Sequence[str | int]) -> tuple[str | int, ...]:
+    """Names and ids as Python's own values; what is neither stays."""
+    return tuple(int(each) if _is_whole(each) else each for each in classes)
 
 
 def _id(given: object, most: int) -> int:
     """An id, of so many classes at most if that is known."""
-    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < (most or 2**31):
-        return given
+    if _is_whole(given) and 0 <= given < (most or 2**31):
+        return int(given)
     known = f"from 0 to {most - 1}" if most else "0 and above"
     raise InvalidArgumentError(f"{given!r} is no class; ids are whole numbers {known}", value=given)
 

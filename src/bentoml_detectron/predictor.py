@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import psutil
 import torch
+from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
 from torch import nn
 
 from bentoml_detectron.artifact.manifest import Dataset, Input
@@ -27,6 +28,8 @@ from bentoml_detectron.results import Detections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from bentoml_detectron.engines import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Predictor(Preparation):
         dataset: Class names and ids; None where the model carries none.
         input: Channel order and size that the model takes.
         max_batch_pixels: As given.
+        precision: In which `load_predictor` loaded it, of "auto" the one that was chosen; None of a model that was wrapped.
     """
 
     def __init__(
@@ -82,11 +86,14 @@ class Predictor(Preparation):
         Raises:
             InvalidArgumentError: (``ValueError``) An argument is out of range.
         """
-        if max_batch_pixels is not None and max_batch_pixels < 1:
-            raise InvalidArgumentError(f"max_batch_pixels is {max_batch_pixels}; give 1 or more", value=max_batch_pixels)
+        if max_batch_pixels is not None and not (isinstance(max_batch_pixels, int) and max_batch_pixels >= 1):
+            raise InvalidArgumentError(f"max_batch_pixels is {max_batch_pixels!r}; give 1 or more", value=max_batch_pixels)
+        if dataset is not None and dataset.stuff_classes and isinstance(model, SemanticSegmentor):
+            dataset = dataset.model_copy(update={"thing_classes": None})  # some datasets name things, too: ids are of stuff
         super().__init__(image_input, _padding(model), dataset, batch=batch, limits=limits)
         self.model = model
         self.max_batch_pixels = max_batch_pixels
+        self.precision: Precision | None = None
         self._names = Names(dataset)
 
     @property
@@ -238,6 +245,12 @@ class Predictor(Preparation):
 
     def _forward(self, group: Sequence[Prepared]) -> list[Output]:
         device = device_of(self.model)
+        if type(self.model) is GeneralizedRCNN and self.model.proposal_generator is None:
+            raise InvalidArgumentError(
+                "the model takes boxes that others have proposed with each image, and a predictor has none; call what "
+                "load_model gives",
+                value="GeneralizedRCNN",
+            )
         with torch.inference_mode():
             inputs = [
                 {"image": on_device(each.pixels, device), "height": each.size[0], "width": each.size[1]} for each in group

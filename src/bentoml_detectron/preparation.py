@@ -95,6 +95,8 @@ class Preparation:
             raise InvalidArgumentError(
                 f"the model takes images as {image_input.format!r}; the predictor knows BGR and RGB", value=image_input.format
             )
+        if limits is not None and not isinstance(limits, Limits):
+            raise InvalidArgumentError(f"limits is a {type(limits).__name__}; give bentoml.detectron.Limits", value=limits)
         self.input = image_input
         self.padding = padding
         self.dataset = dataset

@@ -46,7 +46,7 @@ class Detections:
         masks: One a detection, COCO's compressed RLE at the size of the image.
         keypoints: (N, K, 3) float32: x, y in absolute pixels, and the keypoint's score.
         panoptic: The segmentation of the whole image into things and stuff.
-        semantic: (H, W) uint8 or, with 255 classes and more, int16: each pixel's class; 255 or -1 where there is none.
+        semantic: (H, W) uint8 or, with more than 255 classes, int16: each pixel's class; 255 or -1 where there is none.
 
     Raises:
         InvalidArgumentError: (``ValueError``) Dtypes, shapes or lengths do not fit together, or a number is not finite.

@@ -184,9 +184,14 @@ def load_both(saved: SavedModel, device_id: str, precision: Precision, **options
     engines.check(precision, check_device(device_id), is_calibrated=calibration is not None)
     module = module_of(load(saved, device_id))
     ranges = None if calibration is None else int8.from_plain(calibration)
-    is_auto = precision == "auto"
-    view = fastest(module, saved.input, ranges).model if is_auto else engines.accelerated(module, precision, ranges)
-    return module, Predictor(view, saved.input, saved.dataset, **options)
+    if precision == "auto":
+        chosen = fastest(module, saved.input, ranges)
+        view, precision = chosen.model, chosen.precision
+    else:
+        view = engines.accelerated(module, precision, ranges)
+    predictor = Predictor(view, saved.input, saved.dataset, **options)
+    predictor.precision = precision
+    return module, predictor
 
 
 def check_precision(bento_model: Model, precision: Precision, device_id: str = "cpu") -> None:
@@ -204,6 +209,17 @@ def check_precision(bento_model: Model, precision: Precision, device_id: str = "
     folder = Path(bento_model.path)
     is_calibrated = (folder / manifest.MANIFEST).is_file() and manifest.read(folder).calibration is not None
     engines.check(precision, check_device(device_id), is_calibrated=is_calibrated)
+
+
+def class_names(bento_model: Model) -> list[str]:
+    """Names of a saved model's classes, of things and stuff, without loading it; none of models that BentoML's adapter saved.
+
+    Raises:
+        InvalidModelError: Its manifest is damaged.
+    """
+    folder = Path(bento_model.path)
+    dataset = manifest.read(folder).dataset if (folder / manifest.MANIFEST).is_file() else None
+    return [] if dataset is None else [*(dataset.thing_classes or ()), *(dataset.stuff_classes or ())]
 
 
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:

@@ -251,6 +251,12 @@ def test_a_remote_says_what_its_service_is_and_names_files(server, tmp_path):
             list(service.predict([demo.images()[0], tmp_path / "none.jpg"]))
     with Remote(f"{server.url}/elsewhere", token="secret") as service, pytest.raises(InvalidArgumentError, match="status 404"):
         service.info()
+    with Remote(server.url, token="secret") as service:
+        assert len(next(service.predict([str(demo.images()[0])]))) > 0
+    for unsendable in ("secret\n", "sec\tret", "secr\u00e9t", " secret"):
+        with pytest.raises(InvalidArgumentError, match="cannot be sent in a header") as error:
+            Remote(server.url, token=unsendable)
+        assert "sec" not in str(error.value)
     for wrong in ({"url": "ftp://x"}, {"url": server.url, "connections": 0}, {"url": server.url, "patience": 0}):
         with pytest.raises(InvalidArgumentError, match="give"):
             Remote(**wrong)

@@ -14,8 +14,9 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 
-from bentoml_detectron import Prediction, demo
+from bentoml_detectron import Prediction, demo, save_model
 from servers import BENTOML, environment
 from support import tree
 
@@ -60,6 +61,19 @@ def test_it_writes_several_formats_with_its_options_and_reports_what_it_cannot_u
     assert waived.stderr.splitlines() == ["4 images", f"1 of them could not be used; see {tmp_path / 'bad.jsonl'}"]
     assert orjson.loads((tmp_path / "bad.jsonl").read_bytes())["file_name"] == str(tmp_path / "bad.jpg")
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+
+
+def test_a_class_whose_name_has_commas_is_one(tmp_path):
+    """As many of Detectron2's ADE20K are."""
+    MetadataCatalog.get("commas_of_this_test").set(thing_classes=["road, route ", *"123456789"])
+    predictor = demo.predictor()
+    predictor.cfg.DATASETS.TEST = ("commas_of_this_test",)
+    save_model("commas", predictor)
+    command = [*COMMAND[:-1], "commas", *map(str, IMAGES), "-o", str(tmp_path / "found.jsonl"), "--classes", "road, route"]
+    result = subprocess.run([*command, "--classes", "1, 2"], env=settings(Path(os.environ["BENTOML_HOME"])), timeout=300)
+    assert result.returncode == 0
+    found = [Prediction.from_json(line) for line in (tmp_path / "found.jsonl").read_bytes().splitlines()]
+    assert {name for each in found for name in each.detections.class_names} == {"road, route ", "1", "2"}
 
 
 def test_list_on_stdin_and_a_second_run_meanwhile(digits_home, tmp_path):

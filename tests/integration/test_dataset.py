@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 import bentoml_detectron
-from bentoml_detectron import Prediction, Predictor, demo, draw, errors, load_predictor, predict, save_model
+from bentoml_detectron import Limits, Prediction, Predictor, demo, draw, errors, load_predictor, predict, save_model
 from bentoml_detectron.dataset import Failure, Progress, formats, write
 
 CHUNK = 4
@@ -62,7 +64,7 @@ def test_options_are_those_of_the_predictor(mixed, predictor):
         predict(predictor, mixed, classes=["nine"])
     with pytest.raises(errors.InvalidArgumentError, match="chunk is 0"):
         predict(predictor, mixed, chunk=0)
-    with pytest.raises(errors.InvalidArgumentError, match="a device and a precision already"):
+    with pytest.raises(errors.InvalidArgumentError, match="a device, a precision and limits already"):
         predict(predictor, mixed, precision="bf16")
 
 
@@ -88,8 +90,9 @@ def test_error_is_raised_or_handed_over_in_order(tmp_path, predictor):
     source = [good, tmp_path / "bad.jpg", good]
     results = predict(predictor, source)
     assert next(results).image_id == 1
-    with pytest.raises(errors.DamagedImageError):
+    with pytest.raises(errors.DamagedImageError, match=rf"^{tmp_path}/bad\.jpg: it is cut short") as caught:
         next(results)
+    assert caught.value.value == str(tmp_path / "bad.jpg")
     failures: list[Failure] = []
     assert [each.image_id for each in predict(predictor, source, on_error=failures.append)] == [1, 3]
     assert [(each.file_name, each.image_id) for each in failures] == [(str(tmp_path / "bad.jpg"), 2)]
@@ -211,6 +214,109 @@ def test_classes_without_a_category_are_told(tmp_path, saved):
     assert {row["category_id"] for row in orjson.loads((tmp_path / "found.json").read_bytes())} <= {7, 3}
 
 
+class Ended(BaseException):
+    """As Ctrl-C."""
+
+
+class Ending(Told):
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.left = images
+
+    def advance(self, images: int) -> None:
+        super().advance(images)
+        self.left -= images
+        if self.left < 0:
+            raise Ended
+
+
+def test_model_without_names_keeps_its_ids_and_that_is_said(tmp_path, saved, caplog):
+    predictor = demo.predictor()
+    predictor.cfg.DATASETS.TEST = ("no_such_dataset",)
+    nameless = save_model("dataset-nameless", predictor.model, predictor.cfg)
+    (tmp_path / "truth.json").write_text(json.dumps(demo.ground_truth()))
+    write(nameless, tmp_path / "truth.json", tmp_path / "found.json", image_root=demo.images()[0].parent)
+    assert min(row["category_id"] for row in orjson.loads((tmp_path / "found.json").read_bytes())) == 0
+    assert "carries no class names, so its own ids stay" in caplog.text
+
+
+def test_run_that_writes_below_its_source_goes_on(tmp_path, saved, mixed):
+    source = tmp_path / "source"
+    shutil.copytree(mixed, source)
+    outputs = [source / "annotated", source / "found.jsonl"]
+    with pytest.raises(Ended):
+        write(saved, source, outputs, chunk=2, progress=Ending(7))
+    assert any((source / "annotated.parts/chunks").rglob("*.jpg"))
+    assert write(saved, source, outputs, chunk=2, resume=True).images == 10
+    assert len(list((source / "annotated").iterdir())) == 10
+
+
+def test_picture_that_goes_before_it_is_drawn_on_is_left_out_of_all_outputs(tmp_path, saved, mixed):
+    source = tmp_path / "source"
+    shutil.copytree(mixed, source)
+    taken = sorted(source.iterdir())[5]
+    real = formats._Pictures.piece
+
+    def piece(self, outcome, *rest):
+        if outcome.file_name == str(taken):
+            taken.unlink(missing_ok=True)
+        return real(self, outcome, *rest)
+
+    told = Told()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats._Pictures, "piece", piece)
+        outputs = [tmp_path / "found.jsonl", tmp_path / "pictures"]
+        report = write(saved, source, outputs, errors=tmp_path / "bad.jsonl", progress=told)
+    assert (report.images, report.failures) == (10, 1)
+    assert told.failures == [f"{taken}: cannot open '{taken}' (No such file or directory)"]
+    assert orjson.loads((tmp_path / "bad.jsonl").read_bytes())["file_name"] == str(taken)
+    assert len((tmp_path / "found.jsonl").read_bytes().splitlines()) == len(list((tmp_path / "pictures").iterdir())) == 9
+
+
+def test_precision_that_auto_chose_stays_when_a_run_goes_on(tmp_path, saved, mixed, monkeypatch):
+    """Which is the fastest may change from hour to hour, and results with it."""
+    output = tmp_path / "found.jsonl"
+    with pytest.raises(Ended):
+        write(saved, mixed, output, chunk=2, precision="auto", progress=Ending(7))
+    plan = orjson.loads((tmp_path / "found.jsonl.parts/plan.json").read_bytes())
+    assert (plan["precision"], plan["chosen_precision"]) == ("auto", "fp32")
+
+    def choose_again(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("bentoml_detectron.fastest.fastest", choose_again)
+    assert write(saved, mixed, output, chunk=2, precision="auto", resume=True).images == 10
+
+
+def test_limits_are_the_callers(tmp_path, saved, mixed):
+    few = Limits(max_pixels=192 * 150)
+    report = write(saved, mixed, tmp_path / "found.jsonl", limits=few)
+    assert report.failures == sum(np.prod(Image.open(path).size) > few.max_pixels for path in mixed.iterdir()) > 0
+    with pytest.raises(errors.ImageTooLargeError, match="28,800"):
+        list(predict(saved, mixed, limits=few))
+    with pytest.raises(errors.InvalidArgumentError, match="limits already"):
+        predict(load_predictor(saved), mixed, limits=few)
+
+
+def test_numbers_may_be_numpys_and_lists_are_no_texts(tmp_path, saved, mixed):
+    options = {"score_threshold": np.float32(0.5), "top_k": np.int64(1), "classes": [np.int64(4), "7"]}
+    write(saved, mixed, tmp_path / "found.jsonl", **options)
+    due = [each.to_json() for each in predict(saved, mixed, score_threshold=0.5, top_k=1, classes=[4, 7])]
+    assert (tmp_path / "found.jsonl").read_text().splitlines() == due
+    for wrong in ({"classes": "47"}, {"classes": 4}, {"trusted": "my_package"}):
+        with pytest.raises(errors.InvalidArgumentError, match="give a list"):
+            write(saved, mixed, tmp_path / "other.jsonl", **wrong)
+
+
+def test_outputs_may_have_names_that_are_no_utf_8(tmp_path, saved, mixed):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    with pytest.raises(Ended):
+        write(saved, mixed, folder / "found.jsonl", chunk=2, progress=Ending(7))
+    assert write(saved, mixed, folder / "found.jsonl", chunk=2, resume=True).images == 10
+    assert [each.name for each in folder.iterdir()] == ["found.jsonl"]
+
+
 def test_what_is_there_is_not_overwritten(tmp_path, saved, mixed):
     output = tmp_path / "found.jsonl"
     output.write_text("precious")
@@ -231,22 +337,6 @@ def test_run_that_fails_before_it_begins_leaves_nothing(tmp_path, saved, mixed):
     with pytest.raises(errors.ModelNotFoundError):
         write("nobody", mixed, tmp_path / "found.json")
     assert [each.name for each in tmp_path.iterdir()] == ["empty.txt"]
-
-
-class Ended(BaseException):
-    """As Ctrl-C."""
-
-
-class Ending(Told):
-    def __init__(self, images: int) -> None:
-        super().__init__()
-        self.left = images
-
-    def advance(self, images: int) -> None:
-        super().advance(images)
-        self.left -= images
-        if self.left < 0:
-            raise Ended
 
 
 def test_unfinished_run_goes_on_only_with_the_same_arguments(tmp_path, saved, mixed):

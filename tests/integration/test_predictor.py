@@ -340,8 +340,28 @@ def test_masks_may_be_bitmaps_of_floats():
     assert np.array_equal(decode(found.masks[0]), due)
 
 
+@ROI_HEADS_REGISTRY.register()
+class WithImages(StandardROIHeads):
+    """Needs the images for masks, too, as heads of a user's own may."""
+
+    def forward(self, images, features, proposals, targets=None):
+        found = self._forward_box(features, proposals)
+        return self.forward_with_given_boxes(features, found, images=images), {}
+
+    def forward_with_given_boxes(self, features, instances, images=None):
+        assert images is not None
+        return super().forward_with_given_boxes(features, instances)
+
+
 class TestOptions:
     """Thresholds, classes and numbers for each call, and the model as it was."""
+
+    def test_heads_whose_second_half_takes_more_are_given_it(self):
+        cfg = tiny_cfg()
+        cfg.MODEL.ROI_HEADS.NAME = "WithImages"
+        predictor = of(cfg)
+        everything = predictor([picture()])[0]
+        assert predictor([picture()], top_k=3)[0] == everything[:3]
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", WITH_THRESHOLDS)
@@ -661,6 +681,22 @@ class TestNames:
         assert predictor([picture()], classes=["scratch"])[0].class_names == found.class_names
         assert predictor.class_names == ("scratch",)
 
+    def test_semantic_models_have_those_of_stuff_alone(self):
+        """Detectron2's own datasets of stuff name things, too, to which no pixel belongs."""
+        cfg = zoo_config(ZOO["Semantic FPN"])
+        cfg.DATASETS.TEST = ("coco_2017_val_panoptic_stuffonly",)
+        predictor = of(cfg)
+        assert len(predictor.class_names) == 54
+        assert predictor.class_names[2] == "blanket"
+        with pytest.raises(errors.InvalidArgumentError, match="the model has no class 'person'"):
+            predictor([picture()], classes=["person"])
+        with pytest.raises(errors.InvalidArgumentError, match="from 0 to 53"):
+            predictor([picture()], classes=[70])
+        found = predictor([picture()])[0]
+        there = int(np.unique(found.semantic)[0])
+        only = predictor([picture()], classes=[predictor.class_names[there]])[0]
+        assert np.array_equal(only.semantic == there, found.semantic == there)
+
     def test_model_without_names_gives_none(self):
         found = of(tiny_cfg())([picture()])[0]
         assert set(found.class_names) == {""}
@@ -739,7 +775,14 @@ class TestArguments:
         with pytest.raises(errors.InvalidArgumentError, match="give a list of images"):
             of(demo_predictor.cfg, demo_predictor.model)(images)
 
-    @pytest.mark.parametrize("arguments", [{"batch": "big"}, {"max_batch_pixels": 0}])
+    def test_model_that_needs_proposals(self):
+        predictor = of(zoo_config(ZOO["Fast R-CNN, FPN"]))
+        with pytest.raises(errors.InvalidArgumentError, match="takes boxes that others have proposed"):
+            predictor([picture()])
+
+    @pytest.mark.parametrize(
+        "arguments", [{"batch": "big"}, {"max_batch_pixels": 0}, {"max_batch_pixels": "many"}, {"limits": 5}]
+    )
     def test_predictor(self, arguments, demo_predictor):
         with pytest.raises(errors.InvalidArgumentError, match=next(iter(arguments))):
             of(demo_predictor.cfg, demo_predictor.model, **arguments)

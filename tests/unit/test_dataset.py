@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +46,39 @@ def test_glob_gives_what_matches_by_name_whatever_its_ending(folder):
     assert names(f"{folder}/*.j*g*") == [str(folder / each) for each in ("10.jpeg", "x.jpg.part")]
     assert names(f"{folder}/**/0*") == [str(folder / "b/0.webp")]
     assert names(f"{folder}/b*") == [str(folder / "b/0.webp"), str(folder / "b/3.bmp")]
+
+
+def test_glob_of_folders_and_what_is_in_them_gives_each_image_once(folder):
+    (folder / "empty").mkdir()
+    due = ["1.png", "10.jpeg", "2.JPG", "b/0.webp", "b/3.bmp", "b/data.parquet", "notes.txt", "x.jpg.part"]
+    for each in ("b/data.parquet", "notes.txt"):
+        (folder / each).write_bytes(JPEG)
+    assert names(f"{folder}/**") == [str(folder / each) for each in due]
+    assert names(f"{folder}/[be]*") == [str(folder / "b/0.webp"), str(folder / "b/3.bmp")]
+
+
+@pytest.mark.parametrize("source", ["", "*", "**", "b*"])
+def test_what_is_left_out_is_in_no_folder_and_no_glob(folder, source, monkeypatch, tmp_path):
+    """As what a run writes, which may be below a folder that it reads."""
+    (folder / "b.parts/chunks").mkdir(parents=True)
+    (folder / "b.parts/chunks/9.jpg").write_bytes(JPEG)
+    (folder / "notes.txt").unlink()
+    (folder / "link").symlink_to(folder / "b.parts")
+    monkeypatch.chdir(tmp_path)
+    before = names(f"{folder}/{source}")
+    found = [each.file_name for each in Dataset(f"{folder}/{source}", left_out=["photos/b.parts"])]
+    assert any("9.jpg" in each for each in before)
+    assert found == [each for each in before if "9.jpg" not in each]
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root reads everything")
+def test_folder_that_cannot_be_read_is_an_error_that_names_it(folder):
+    code = "import sys\nfrom bentoml_detectron.dataset.sources import Dataset\nprint(*list(Dataset(sys.argv[1])), sep='\\n')"
+    (folder / "b").chmod(0)
+    command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    result = subprocess.run([*command, sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert f"the folder '{folder}/b' cannot be read (Permission denied); see to that" in result.stderr
+    assert result.returncode == 1
 
 
 def test_matches_of_a_glob_are_files_whatever_their_names(tmp_path, monkeypatch):
@@ -113,6 +148,7 @@ def test_annotation_file_is_told_by_its_content_and_brings_ids_names_and_categor
         {"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]},
         {"images": [{"id": 1, "file_name": 4}]},
         {"images": [{"id": 1, "file_name": "a"}], "categories": [{"name": 1, "id": 2}]},
+        {"images": [{"id": 1, "file_name": "a"}], "categories": [{"name": "a", "id": 2}, {"name": "a", "id": 3}]},
     ],
 )
 def test_malformed_annotation_file_is_an_error_that_names_it(tmp_path, content):
@@ -145,6 +181,14 @@ def test_parquet_is_told_by_its_content_and_names_rows_by_their_keys(tmp_path):
     assert names(path, columns=Columns(key="n")) == [str(n) for n in range(10)]
     for start in range(11):
         assert list(parquet_source.contents(str(path), start)) == [bytes([n]) for n in range(start, 10)]
+
+
+def test_parquet_keys_may_be_bytes_and_are_never_the_images(tmp_path):
+    rows = [{"image": JPEG, "key": b"a\xff.jpg"}, {"image": JPEG, "key": None}]
+    path = write_parquet(tmp_path / "keys.parquet", rows)
+    assert names(path) == ["a\udcff.jpg", f"{path}#1"]
+    path = write_parquet(tmp_path / "path.parquet", [{"path": JPEG}])
+    assert names(path) == [f"{path}#0"]
 
 
 def test_parquet_of_hugging_faces_form_is_read(tmp_path):
@@ -293,7 +337,7 @@ def of_row(row: dict) -> Detections:
 
 
 def test_format_is_told_by_the_outputs_name(tmp_path):
-    assert formats.named(Path("a.JSON")) == formats.COCO
+    assert formats.named(Path("a.JSON")) == formats.named(Path("b/.json")) == formats.COCO
     assert formats.named(Path("a.jsonl")) == formats.named(Path("a.ndjson")) == formats.JSON_LINES
     assert formats.named(Path("a.parquet")) == formats.DETECTION_ROWS
     assert formats.named(Path("a.parquet"), "image") == formats.IMAGE_ROWS
@@ -327,5 +371,5 @@ def test_second_run_on_an_output_is_refused_and_the_first_ones_folder_stays(tmp_
     assert not (tmp_path / "a.json.parts").exists()
     with pytest.raises(errors.InvalidArgumentError, match="twice"), parts.held([output, tmp_path / "." / "a.json"]):
         pass
-    with pytest.raises(errors.OutputError, match="cannot write"), parts.held([tmp_path / "nowhere" / "a.json"]):
+    with pytest.raises(errors.OutputError, match=r"no folder '.*nowhere'"), parts.held([tmp_path / "nowhere/a.json"]):
         pass

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from bentoml_detectron.artifact.manifest import Dataset
 from bentoml_detectron.errors import InvalidArgumentError
-from bentoml_detectron.options import MAX_TOP_K, Options, options
+from bentoml_detectron.options import MAX_TOP_K, Options, options, plain
 
 COCO = Dataset(name="coco", thing_classes=["person", "car", "cat"], stuff_classes=["things", "sky", "grass"])
 
@@ -43,6 +44,13 @@ def test_empty_list_of_classes_is_no_class():
     assert options(COCO, classes=[]).things == frozenset()
 
 
+def test_blanks_around_a_name_need_not_be_given():
+    """As Detectron2's ADE20K has them."""
+    dataset = Dataset(name="ade", stuff_classes=["wall", "window ", "window"])
+    assert options(dataset, classes=["window"]).stuff == {1, 2}
+    assert options(dataset, classes=["window "]).stuff == {1}
+
+
 def test_name_that_two_classes_have_is_both():
     dataset = Dataset(name="two", thing_classes=["bow", "tie", "bow"])
     assert options(dataset, classes=["bow"]).things == {0, 2}
@@ -55,6 +63,13 @@ def test_ids_without_names_are_taken_as_they_are():
 @pytest.mark.parametrize("value", [0, 0.0, 1, 0.5])
 def test_thresholds_are_from_0_to_1(value):
     assert options(None, score_threshold=value).score_threshold == value
+
+
+def test_numbers_may_be_numpys():
+    wanted = options(COCO, score_threshold=np.float32(0.5), classes=[np.int64(1)], top_k=np.int32(5))
+    assert wanted == Options(0.5, 5, frozenset([1]), frozenset(), frozenset([1]))
+    assert [type(each) for each in (wanted.score_threshold, wanted.top_k, *wanted.things)] == [float, int, int]
+    assert [*map(type, plain(["a", np.int64(1), 2]))] == [str, int, int]
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, "0.5", True, [0.5]])

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from bentoml_detectron.cli import options
-from bentoml_detectron.errors import ImageError, InvalidArgumentError
+from bentoml_detectron.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from bentoml_detectron.dataset import Failure
     from bentoml_detectron.engines import Precision
     from bentoml_detectron.evaluation import Evaluation, GroundTruth
     from bentoml_detectron.evaluation.report import Table
+    from bentoml_detectron.images import Limits
     from bentoml_detectron.results import Detections
 
 _T = TypeVar("_T")
@@ -62,6 +63,7 @@ class _Source:
 @click.option("--connections", default=4, show_default=True, type=click.IntRange(1, 256), help="Requests at once to --url.")
 @options.device
 @options.precision
+@options.max_image_pixels
 @options.trust_remote_code
 @options.trusted
 def command(
@@ -79,6 +81,7 @@ def command(
     connections: int,
     device: str,
     precision: Precision,
+    max_image_pixels: int,
     trust_remote_code: bool,
     trusted: tuple[str, ...],
 ) -> None:
@@ -96,12 +99,14 @@ def command(
     _check_target(tag, url, other, json_file)
     from bentoml_detectron.dataset.prediction import written
     from bentoml_detectron.evaluation import compare, evaluate, ground_truth
+    from bentoml_detectron.images import Limits
 
     truth = ground_truth.read(annotations, panoptic_root=panoptic_root)
     truth = ground_truth.chosen(truth, classes) if classes else truth
     files = list(truth.files(images).values())
     measure = partial(_measured, truth, files, partial(evaluate, keypoint_sigmas=_numbers(keypoint_sigmas)))
-    local = partial(_local, device=device, trust_remote_code=trust_remote_code, trusted=trusted)
+    limits = Limits(max_pixels=max_image_pixels)
+    local = partial(_local, device=device, limits=limits, trust_remote_code=trust_remote_code, trusted=trusted)
     with _served(tag, url, connections) if url else local(str(tag), precision=precision) as source:
         evaluation = measure(source)
     report = {"model": source.name, "annotations": written(str(annotations)), **evaluation.to_dict()}
@@ -137,7 +142,7 @@ def _numbers(text: str | None) -> list[float] | None:
 
 @contextmanager
 def _local(
-    tag: str, *, precision: Precision, device: str, trust_remote_code: bool, trusted: tuple[str, ...]
+    tag: str, *, precision: Precision, device: str, limits: Limits, trust_remote_code: bool, trusted: tuple[str, ...]
 ) -> Iterator[_Source]:
     """A saved model in this process."""
     from bentoml_detectron import dataset, get, load_predictor
@@ -145,7 +150,13 @@ def _local(
     model = get(tag)
     # "exact", so that no image's results depend on which others are run with it.
     predictor = load_predictor(
-        model, device, precision=precision, batch="exact", trust_remote_code=trust_remote_code, trusted=trusted
+        model,
+        device,
+        precision=precision,
+        batch="exact",
+        limits=limits,
+        trust_remote_code=trust_remote_code,
+        trusted=trusted,
     )
 
     def predict(files: list[Path]) -> Iterator[Detections]:
@@ -159,7 +170,7 @@ def _local(
 
 
 def _fail(failure: Failure) -> None:
-    raise ImageError(f"{failure.file_name}: {failure.reason}", value=failure.file_name) from failure.error
+    raise failure.named() from failure.error
 
 
 @contextmanager

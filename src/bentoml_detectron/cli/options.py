@@ -17,6 +17,9 @@ precision = click.option(
     type=click.Choice(["fp32", "bf16", "fp16", "int8", "auto"]),
     help="bf16 and int8 are faster; fp16 is for GPUs; int8 needs a model made by optimize; auto takes the fastest.",
 )
+max_image_pixels = click.option(
+    "--max-image-pixels", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Largest image."
+)
 trust_remote_code = click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
 trusted = click.option(
     "--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable."

@@ -46,6 +46,7 @@ _SECONDS = 10.0  # between lines
 @click.option("--score-threshold", type=float, help="From 0 to 1; the model's own by default.")
 @click.option("--classes", multiple=True, metavar="CLASSES", help="Names or ids, with commas between; repeatable.")
 @click.option("--top-k", type=int, help="At most so many detections an image, the best.")
+@options.max_image_pixels
 @options.trust_remote_code
 @options.trusted
 def command(
@@ -68,6 +69,7 @@ def command(
     score_threshold: float | None,
     classes: tuple[str, ...],
     top_k: int | None,
+    max_image_pixels: int,
     trust_remote_code: bool,
     trusted: tuple[str, ...],
 ) -> None:
@@ -81,7 +83,10 @@ def command(
       bentoml detectron predict mask_rcnn:latest photos/ --output found.json --output pictures/
     """
     from bentoml_detectron.dataset import write
+    from bentoml_detectron.dataset.prediction import written
+    from bentoml_detectron.images import Limits
 
+    names = written(", ".join(outputs))
     with _progress(quiet=errors is not None) as progress:
         report = write(
             tag,
@@ -94,8 +99,9 @@ def command(
             precision=precision,
             trust_remote_code=trust_remote_code,
             trusted=trusted,
+            limits=Limits(max_pixels=max_image_pixels),
             score_threshold=score_threshold,
-            classes=_classes(classes),
+            classes=_classes(classes, tag),
             top_k=top_k,
             image_root=image_root,
             image_column=image_column,
@@ -107,21 +113,27 @@ def command(
             progress=progress,
         )
     if not report.images:
-        click.echo(f"{', '.join(outputs)}: there already, and no unfinished run; nothing was done")
+        click.echo(f"{names}: there already, and no unfinished run; nothing was done")
         return
     new = report.images - report.resumed
     share = f", {new:,} of them now" if report.resumed else ""
     speed = f"{share}, {new / report.seconds:.1f} a second, with the model busy {report.busy:.0%} of the time"
-    click.echo(f"{', '.join(outputs)}: {report.images:,} images{speed if new else ''}")
+    click.echo(f"{names}: {report.images:,} images{speed if new else ''}")
     if report.failures:
         click.echo(f"{report.failures:,} of them could not be used{f'; see {errors}' if errors else ''}", err=True)
         if not allow_errors:
             sys.exit(INCOMPLETE)
 
 
-def _classes(given: tuple[str, ...]) -> list[str] | None:
-    """Names and ids; None: all classes."""
-    return [each.strip() for some in given for each in some.split(",")] or None
+def _classes(given: tuple[str, ...], tag: str) -> list[str] | None:
+    """Names and ids; None: all classes. What is the name of one of the model's classes is not split at its commas."""
+    if not any("," in each for each in given):
+        return [each.strip() for each in given] or None
+    from bentoml_detectron.store import class_names, get
+
+    names = {each.strip() for each in class_names(get(tag))}
+    each_alone = [[some.strip()] if some.strip() in names else some.split(",") for some in given]
+    return [each.strip() for some in each_alone for each in some]
 
 
 @contextmanager

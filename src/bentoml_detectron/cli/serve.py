@@ -34,7 +34,7 @@ _UNSAID = "ignore:::torch.jit._script,ignore:::torch.functional"
 @options.trusted
 @click.option("--max-queue", default=32, show_default=True, type=click.IntRange(min=1), help="Most that wait, a worker.")
 @click.option("--max-body-bytes", default=20 << 20, show_default=True, type=click.IntRange(min=1), help="Largest body.")
-@click.option("--max-image-pixels", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Largest image.")
+@options.max_image_pixels
 @click.option("--request-seconds", default=60.0, show_default=True, type=click.FloatRange(min=0.1), help="Longest answer.")
 def command(
     tag: str,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from bentoml_detectron.dataset.sources import Dataset
     from bentoml_detectron.engines import Precision
+    from bentoml_detectron.images import Limits
     from bentoml_detectron.options import Options
     from bentoml_detectron.predictor import Predictor
 
@@ -37,6 +38,7 @@ def predict(
     precision: Precision | None = None,
     trust_remote_code: bool = False,
     trusted: Sequence[str] = (),
+    limits: Limits | None = None,
     score_threshold: float | None = None,
     classes: Sequence[str | int] | None = None,
     top_k: int | None = None,
@@ -49,14 +51,16 @@ def predict(
     """Runs a model over a dataset: images are decoded in other threads, and results come lazily and in order.
 
     Args:
-        bento_model: The model, or its tag, in BentoML's model store; or a predictor, whose device and precision stay.
+        bento_model: The model, or its tag, in BentoML's model store; or a predictor, whose device, precision and
+            limits stay.
         source: One, or several in their order: the path of an image, a folder (with those in it), a glob, a COCO annotation
             file (then it is the only one), a Parquet file with encoded images, or "-" for a list of paths on stdin, one image
             a line. Nothing is fetched.
-        device_id: As in `load_predictor`, and so are the next three.
+        device_id: As in `load_predictor`, and so are the next four.
         precision:
         trust_remote_code:
         trusted:
+        limits:
         score_threshold: As in `Predictor`, and so are the next two.
         classes:
         top_k:
@@ -72,7 +76,7 @@ def predict(
     Raises:
         InvalidArgumentError: (``ValueError``) An argument is out of range, or, while one goes through the results, a source is
             none or has no images.
-        ImageError: While one goes through the results: an image cannot be used.
+        ImageError: While one goes through the results: an image, which the message names, cannot be used.
         DetectronError: And what `load_predictor` raises.
 
     Example::
@@ -86,10 +90,15 @@ def predict(
 
     if not isinstance(bento_model, Predictor):
         predictor = load_predictor(
-            bento_model, device_id or "cpu", precision=precision or "fp32", trust_remote_code=trust_remote_code, trusted=trusted
+            bento_model,
+            device_id or "cpu",
+            precision=precision or "fp32",
+            trust_remote_code=trust_remote_code,
+            trusted=trusted,
+            limits=limits,
         )
-    elif device_id is not None or precision is not None:
-        raise InvalidArgumentError("a Predictor has a device and a precision already; give a tag, or leave these out")
+    elif device_id is not None or precision is not None or limits is not None:
+        raise InvalidArgumentError("a Predictor has a device, a precision and limits already; give a tag, or leave these out")
     else:
         predictor = bento_model
     wanted = predictor.options(score_threshold=score_threshold, classes=classes, top_k=top_k)
@@ -113,9 +122,10 @@ def _predictions(
         ):
             if not isinstance(each.result, DetectronError):
                 yield Prediction(each.item.file_name, each.item.image_id, each.result)
-            elif on_error is None:
-                raise each.result
-            else:
-                on_error(Failure(each.item.file_name, each.item.image_id, each.result))
+                continue
+            failure = Failure(each.item.file_name, each.item.image_id, each.result)
+            if on_error is None:
+                raise failure.named() from each.result
+            on_error(failure)
     finally:
         pool.shutdown(cancel_futures=True)

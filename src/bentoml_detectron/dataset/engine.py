@@ -13,6 +13,7 @@ from bentoml_detectron.options import Options
 
 if TYPE_CHECKING:
     from bentoml_detectron.artifact.manifest import Dataset
+    from bentoml_detectron.engines import Precision
     from bentoml_detectron.predictor import Predictor
 
 
@@ -24,11 +25,13 @@ class Model:
         dataset: Its classes; None where it carries none.
         wanted: The options, checked against it.
         budget: Most pixels, padding included, in a batch.
+        precision: What it runs in; of "auto", what was chosen.
     """
 
     dataset: Dataset | None
     wanted: Options
     budget: int
+    precision: Precision
 
 
 class Engine(Protocol):
@@ -70,7 +73,7 @@ def loaded(work: Work) -> tuple[Predictor, Model]:
     """Loads the model and looks at it; errors are those of `load_predictor`, and of options that it does not take."""
     predictor = work.predictor()
     wanted = predictor.options(score_threshold=work.score_threshold, classes=work.classes, top_k=work.top_k)
-    return predictor, Model(predictor.dataset, wanted, predictor.budget())
+    return predictor, Model(predictor.dataset, wanted, predictor.budget(), predictor.precision or work.precision)
 
 
 class Local:

@@ -54,7 +54,7 @@ def named(path: Path, rows: str = "detection") -> str:
     Raises:
         InvalidArgumentError: (``ValueError``) It asks for none.
     """
-    suffix = path.suffix.lower()
+    suffix = Path(f"_{path.name}").suffix.lower()  # of ".json", too
     if rows not in ("detection", "image"):
         raise InvalidArgumentError(f"parquet_rows is {rows!r}; give 'detection' or 'image'", value=rows)
     if suffix == ".parquet":

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bentoml_detectron.predictor import Predictor
 
 _TRIES = 4  # of a chunk whose worker dies: Ray tries for ever, and an image that kills its worker would kill them all
-_BETWEEN = b"\0"  # names of files and messages, none of which has it
+_BETWEEN = b"\0"  # messages; one that has it, as of a key in Parquet, has something else there
 _AHEAD = 2  # chunks that a worker has: one to work on, and the next
 _REACH_SECONDS = 10.0
 _CURE = "start one with ray start --head, or give the address of one, as in --ray-address 10.0.0.1:6379"
@@ -178,7 +178,7 @@ class _Worker:
             done = self._done(Chunk(row["number"], row["first"], listed(self._listing, row["start"], row["size"])), clock)
         except DetectronError as exc:
             return {"number": row["number"], "images": 0, "failures": b"", "busy": 0.0, "problem": _problem(exc)}
-        failures = _BETWEEN.join(os.fsencode(each) for each in done.failures)
+        failures = _BETWEEN.join(os.fsencode(each).replace(_BETWEEN, b"\\0") for each in done.failures)
         return {"number": done.number, "images": done.images, "failures": failures, "busy": clock.busy, "problem": b""}
 
     def _done(self, chunk: Chunk, clock: Clock) -> Done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -52,7 +53,7 @@ def keys(path: str, image: str | None = None, key: str | None = None) -> Iterato
         column = _image_column(path, schema, image)
         if key is not None and key not in schema.names:
             raise _absent(path, schema, key, "key")
-        name = key or next((each for each in KEYS if each in schema.names), None)
+        name = key or next((each for each in KEYS if each in schema.names and each != column), None)
         if name is None and "path" in _fields(schema.field(column)):
             name = f"{column}.path"
         row = 0
@@ -60,7 +61,8 @@ def keys(path: str, image: str | None = None, key: str | None = None) -> Iterato
             rows = file.metadata.row_group(number).num_rows
             found = _values(file, number, name, _KEYS) if name is not None else iter([None] * rows)
             for each in found:
-                yield str(each) if each is not None else f"{path}#{row}"
+                text = os.fsdecode(each) if isinstance(each, bytes) else str(each)
+                yield text if each is not None else f"{path}#{row}"
                 row += 1
 
 
@@ -97,7 +99,7 @@ def _opened(path: str) -> Iterator[parquet.ParquetFile]:
         # Without these two, a whole row group is read into memory.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
             yield file
-    except (OSError, pa.ArrowException) as exc:
+    except (OSError, UnicodeError, pa.ArrowException) as exc:
         raise InvalidArgumentError(
             f"{path!r} cannot be read as Parquet: {' '.join(str(exc).split())[:300]}", value=path
         ) from exc

@@ -58,6 +58,9 @@ def held(outputs: Sequence[Path]) -> Iterator[list[Path]]:
     """
     paths = [Path(os.path.abspath(each)) for each in outputs]  # noqa: PTH100 - links stay
     folders = [path.with_name(path.name + SUFFIX) for path in paths]
+    for path in paths:
+        if not path.parent.is_dir():
+            raise OutputError(f"there is no folder {str(path.parent)!r}; make it, or give another name", value=str(path))
     if len({*folders}) < len(folders):
         raise InvalidArgumentError("an output is named twice; give each another name", value=[str(each) for each in outputs])
     with ExitStack() as stack:

@@ -64,6 +64,10 @@ class Failure:
         """The error's message, without the place in a call that nobody made."""
         return re.sub(r"^image \d+: ", "", str(self.error))
 
+    def named(self) -> DetectronError:
+        """The error as one whose message begins with the image's name."""
+        return type(self.error)(f"{self.file_name}: {self.reason}", value=self.file_name)
+
     def to_json(self) -> str:
         """As one JSON object, a line: "file_name", "image_id" and "reason"."""
         return orjson.dumps({**_names(self.file_name, self.image_id), "reason": written(self.reason)}).decode()

@@ -22,7 +22,8 @@ from bentoml_detectron.dataset.parts import CHUNKS, FINISHED, PLAN, RESULT, SOUR
 from bentoml_detectron.dataset.sources import Columns, Dataset, Source
 from bentoml_detectron.dataset.work import Work
 from bentoml_detectron.errors import InvalidArgumentError, OutputError
-from bentoml_detectron.options import Options
+from bentoml_detectron.images import DEFAULT_LIMITS, Limits
+from bentoml_detectron.options import Options, options, plain
 
 if TYPE_CHECKING:
     from bentoml import Model, Tag
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from bentoml_detectron.engines import Precision
 
 logger = logging.getLogger(__name__)
+
+_CHOSEN = "chosen_precision"  # in a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ def write(
     precision: Precision = "fp32",
     trust_remote_code: bool = False,
     trusted: Sequence[str] = (),
+    limits: Limits | None = None,
     score_threshold: float | None = None,
     classes: Sequence[str | int] | None = None,
     top_k: int | None = None,
@@ -99,10 +103,11 @@ def write(
         errors: Where to write the images that could not be used, as JSON lines.
         resume: Whether to go on with an unfinished run of the same model, sources and options, where there is one.
         parquet_rows: One a "detection", or one an "image".
-        device_id: As in `load_predictor`, and so are the next three.
-        precision:
+        device_id: As in `load_predictor`, and so are the next four.
+        precision: What "auto" chooses when the run begins stays.
         trust_remote_code:
         trusted:
+        limits:
         score_threshold: As in `Predictor`, and so are the next two.
         classes:
         top_k:
@@ -129,6 +134,9 @@ def write(
     from bentoml_detectron.store import get
 
     where = _engine(engine, ray_address, ray_workers)
+    _check_lists(classes, trusted)
+    # What the model knows nothing of is checked before it is loaded, and taken as plain values, which can be written.
+    wanted = options(None, score_threshold=score_threshold, top_k=top_k)
     files = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
     files += [] if errors is None else [(Path(errors), formats.FAILURES)]
     work = Work(
@@ -137,17 +145,24 @@ def write(
         precision=precision,
         trust_remote_code=trust_remote_code,
         trusted=tuple(trusted),
-        score_threshold=score_threshold,
-        classes=None if classes is None else tuple(classes),
-        top_k=top_k,
+        limits=limits or DEFAULT_LIMITS,
+        score_threshold=wanted.score_threshold,
+        classes=None if classes is None else plain(classes),
+        top_k=wanted.top_k,
         image_column=image_column,
         formats=tuple(each for _, each in files),
     )
     work.writers()  # what they need is installed
-    dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column))
     paths = [path for path, _ in files]
     with parts.held(paths) as folders:
+        dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column), left_out=[*paths, *folders])
         return _Run(work, paths, folders, where, progress or Progress()).do(dataset, check_chunk(chunk), resume)
+
+
+def _check_lists(classes: object, trusted: object) -> None:
+    for name, value in (("classes", classes), ("trusted", trusted)):
+        if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Sequence)):
+            raise InvalidArgumentError(f"{name} is {value!r}; give a list", value=value)
 
 
 def _several(outputs: Source | Sequence[Source]) -> Sequence[Source]:
@@ -215,7 +230,9 @@ class _Run:
         return before, Report(**mark["report"]) if mark else None
 
     def _names(self) -> list[list[str]]:
-        paths = [str(folder).removesuffix(parts.SUFFIX) for folder in self._folders]
+        # A name may have bytes that are no UTF-8, which JSON has no place for.
+        names = [str(folder).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for folder in self._folders]
+        paths = [name.removesuffix(parts.SUFFIX) for name in names]
         return [list(each) for each in zip(paths, self._work.formats, strict=True)]
 
     def _plan(self, listing: Listing, categories: dict[str, int] | None) -> dict[str, Any]:
@@ -240,12 +257,22 @@ class _Run:
         self, listing: Listing, categories: dict[str, int] | None, plan: dict[str, Any], before: dict[str, Any] | None
     ) -> Report:
         with self._engine as engine:
-            model = engine.model(replace(self._work, max_batch_pixels=before["max_batch_pixels"] if before else None))
+            work = self._work
+            if before is not None:  # what was chosen then
+                work = replace(work, max_batch_pixels=before["max_batch_pixels"], precision=before.get(_CHOSEN, work.precision))
+            model = engine.model(work)
             ids = None if categories is None else category_ids(model.dataset, model.wanted, categories)
-            work = replace(self._work, max_batch_pixels=model.budget, categories=ids, text_ids=listing.text_ids)
+            chosen = {"max_batch_pixels": model.budget, _CHOSEN: model.precision}
+            work = replace(
+                work,
+                max_batch_pixels=model.budget,
+                precision=model.precision,
+                categories=ids,
+                text_ids=listing.text_ids,
+            )
             with parts.writing(self._main):
                 if before is None:
-                    self._begin({**plan, "max_batch_pixels": model.budget})
+                    self._begin({**plan, **chosen})
                 done, images, failures = parts.finished_chunks(self._main / CHUNKS)
             self._progress.start(listing.count, images)
             clock = Clock()
@@ -312,6 +339,9 @@ def category_ids(classes: Classes | None, wanted: Options, categories: dict[str,
     from bentoml_detectron.outputs import Names
 
     names = (classes and classes.thing_classes) or []
+    if not names and categories:
+        logger.warning("the model carries no class names, so its own ids stay, which may be others than the annotation file's")
+        return None
     kept = {index: name for index, name in enumerate(names) if wanted.things is None or index in wanted.things}
     known = {index: categories[name] for index, name in kept.items() if name in categories}
     if not known:

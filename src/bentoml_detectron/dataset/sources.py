@@ -65,7 +65,12 @@ class Dataset:
     """
 
     def __init__(
-        self, source: Source | Iterable[Source], *, image_root: Source | None = None, columns: Columns | None = None
+        self,
+        source: Source | Iterable[Source],
+        *,
+        image_root: Source | None = None,
+        columns: Columns | None = None,
+        left_out: Iterable[Source] = (),
     ) -> None:
         """Takes the sources as they are; nothing is read yet.
 
@@ -74,12 +79,14 @@ class Dataset:
                 file (then it is the only one), a Parquet file, or "-" for a list of images' paths on stdin, one a line.
             image_root: What an annotation file's ``file_name`` starts from; the folder of that file unless given.
             columns: Of Parquet files.
+            left_out: Files and folders that no folder and no glob is to give, as what a run itself writes.
         """
         self.categories: dict[str, int] | None = None
         self._given = [source] if isinstance(source, (str, os.PathLike)) else source
         self._root = image_root
         self.columns = columns or Columns()
         self._count = 0
+        self._left_out = {os.path.realpath(each) for each in left_out}
         self._here = Path.cwd()  # whoever reads an image may be elsewhere
 
     def __iter__(self) -> Iterator[Item]:
@@ -102,18 +109,35 @@ class Dataset:
         if name == STDIN:
             return self._images(_lines())
         if os.path.lexists(name):
-            return self._existing(name)
+            found = self._existing(name)
+            return _some(name, "no image", found) if Path(name).is_dir() else found
         if not glob.has_magic(name):
             raise InvalidArgumentError(f"there is no {name!r}; give a file, a folder or a glob", value=name)
-        matches = sorted(glob.iglob(name, recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
-        return _some(name, "nothing", (item for match in matches for item in self._existing(match)))
+        return _some(name, "nothing", (item for match in self._matches(name) for item in self._existing(match)))
+
+    def _matches(self, pattern: str) -> Iterator[str]:
+        """What a glob fits, in order; of one with ``**``, which fits what is in a folder, too, files alone."""
+        for match in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute patterns
+            if "**" in pattern and Path(match).is_dir():
+                continue
+            if not self._left_out or self._left_out.isdisjoint(_at_and_above(match)):
+                yield match
 
     def _existing(self, name: str) -> Iterator[Item]:
         if self.categories is not None:
             raise _not_alone(name)
-        if Path(name).is_dir():
-            return self._images(_some(name, "no image", _folder(name)))
-        return self._file(name)
+        return self._images(self._folder(name)) if Path(name).is_dir() else self._file(name)
+
+    def _folder(self, name: str) -> Iterator[str]:
+        """The images below a folder, those of each folder before those below it; links to folders are not followed."""
+        for folder, folders, files in os.walk(name, onerror=_fail):
+            folders.sort()
+            if self._left_out and os.path.realpath(folder) in self._left_out:
+                folders.clear()
+                continue
+            for file in sorted(files):
+                if file.lower().endswith(SUFFIXES):
+                    yield os.path.join(folder, file)  # noqa: PTH118 - a Path takes five times as long
 
     def _images(self, paths: Iterable[str]) -> Iterator[Item]:
         for path in paths:
@@ -153,7 +177,8 @@ def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[st
     try:
         content = orjson.loads(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
         images = [(each["id"], each["file_name"]) for each in content["images"]]
-        categories = {each["name"]: each["id"] for each in content.get("categories", [])}
+        named = [(each["name"], each["id"]) for each in content.get("categories", [])]
+        categories = dict(named)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise InvalidArgumentError(
             f"{str(path)!r} is no COCO annotation file ({exc!r}): it needs 'images' with 'id' and 'file_name'",
@@ -164,6 +189,8 @@ def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[st
         raise _unfit(path, "ids of images are whole numbers, or strings, and file names are strings")
     if any(type(name) is not str or type(number) is not int for name, number in categories.items()):
         raise _unfit(path, "names of categories are strings, and their ids are whole numbers")
+    if len(categories) < len(named):
+        raise _unfit(path, "no two categories have one name")
     numbers = [each for each in (*(image_id for image_id, _ in images), *categories.values()) if isinstance(each, int)]
     if any(not -(2**63) <= each < 2**63 for each in numbers):
         raise _unfit(path, "ids have 64 bits")
@@ -196,17 +223,27 @@ def _some(name: str, what: str, found: Iterator[Any]) -> Iterator[Any]:
         )
 
 
-def _folder(name: str) -> Iterator[str]:
-    """The images below a folder, those of each folder before those below it; links to folders are not followed."""
-    for folder, folders, files in os.walk(name):
-        folders.sort()
-        for file in sorted(files):
-            if file.lower().endswith(SUFFIXES):
-                yield os.path.join(folder, file)  # noqa: PTH118 - a Path takes five times as long
+def _at_and_above(path: str) -> list[str]:
+    real = Path(os.path.realpath(path))
+    return list(map(str, (real, *real.parents)))
+
+
+def _fail(error: OSError) -> None:
+    """A folder that cannot be read is an error: its images would be missed without a word.
+
+    Raises:
+        InvalidArgumentError: Always.
+    """
+    name = os.fspath(error.filename)
+    raise InvalidArgumentError(
+        f"the folder {name!r} cannot be read ({error.strerror}); see to that, or give the others one by one", value=name
+    ) from error
 
 
 def _lines() -> Iterator[str]:
     """Paths on stdin, one a line."""
+    if sys.stdin is None:  # where the process has none
+        raise InvalidArgumentError("there is no stdin to read paths from; give a folder, a file or a glob", value=STDIN)
     for line in sys.stdin.buffer:
         if name := line.rstrip(b"\r\n"):
             yield os.fsdecode(name)

@@ -18,7 +18,8 @@ from bentoml_detectron.dataset import parts
 from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
 from bentoml_detectron.dataset.formats import Format, make
 from bentoml_detectron.dataset.prediction import Failure, Prediction
-from bentoml_detectron.errors import DetectronError
+from bentoml_detectron.errors import DetectronError, InvalidArgumentError
+from bentoml_detectron.images import Limits
 
 if TYPE_CHECKING:
     from bentoml_detectron.engines import Precision
@@ -34,10 +35,11 @@ class Work:
 
     Attributes:
         model: Its tag, with the version.
-        device_id: As in `load_predictor`, and so are the next three.
+        device_id: As in `load_predictor`, and so are the next four.
         precision:
         trust_remote_code:
         trusted:
+        limits:
         score_threshold: As in `Predictor`, and so are the next two.
         classes:
         top_k:
@@ -54,6 +56,7 @@ class Work:
     precision: Precision
     trust_remote_code: bool
     trusted: tuple[str, ...]
+    limits: Limits
     score_threshold: float | None
     classes: tuple[str | int, ...] | None
     top_k: int | None
@@ -75,6 +78,7 @@ class Work:
             trust_remote_code=self.trust_remote_code,
             trusted=self.trusted,
             max_batch_pixels=self.max_batch_pixels,
+            limits=self.limits,
         )
 
     def writers(self) -> list[Format]:
@@ -151,25 +155,25 @@ class _Unfinished:
     def __init__(self, folder: Path, number: int, writers: list[Format], pool: ThreadPoolExecutor) -> None:
         self._folder, self._number, self._writers, self._pool = folder, number, writers, pool
         self._scratch = parts.scratch(folder, number)
-        self._pieces: list[Future[list[Any]]] = []
-        self._failures: list[str] = []
+        self._pieces: list[Future[tuple[list[Any], Failure | None]]] = []
         self._first = 0  # of the pieces that may not be made yet
 
     def add(self, outcome: Outcome) -> None:
-        if isinstance(outcome.result, DetectronError):
-            failure = Failure(outcome.item.file_name, outcome.item.image_id, outcome.result)
-            self._failures.append(f"{failure.file_name}: {failure.reason}")
         self._pieces.append(self._pool.submit(self._make, outcome))
         if len(self._pieces) - self._first > _MOST_PIECES:
             self._pieces[self._first].result()
             self._first += 1
 
-    def _make(self, outcome: Outcome) -> list[Any]:
-        made: Prediction | Failure
-        if isinstance(outcome.result, DetectronError):
-            made = Failure(outcome.item.file_name, outcome.item.image_id, outcome.result)
-        else:
-            made = Prediction(outcome.item.file_name, outcome.item.image_id, outcome.result)
+    def _make(self, outcome: Outcome) -> tuple[list[Any], Failure | None]:
+        name, image_id, result = outcome.item.file_name, outcome.item.image_id, outcome.result
+        if isinstance(result, DetectronError):
+            return self._written(failure := Failure(name, image_id, result), outcome), failure
+        try:
+            return self._written(Prediction(name, image_id, result), outcome), None
+        except InvalidArgumentError as exc:  # to be drawn on, it is read again, and may have gone or changed since
+            return self._written(failure := Failure(name, image_id, exc), outcome), failure
+
+    def _written(self, made: Prediction | Failure, outcome: Outcome) -> list[Any]:
         with parts.writing(self._folder):
             return [
                 writer.piece(made, outcome.position, outcome.image, self._scratch / str(index))
@@ -178,9 +182,11 @@ class _Unfinished:
 
     def finish(self) -> Done:
         """Runs in one of the pool's threads; the pieces' tasks are before it in the pool's queue, so they end."""
-        pieces = [each.result() for each in self._pieces]
+        made = [each.result() for each in self._pieces]
+        pieces = [each for each, _ in made]
+        failures = tuple(f"{failure.file_name}: {failure.reason}" for _, failure in made if failure is not None)
         with parts.writing(self._folder):
             for index, writer in enumerate(self._writers):
                 writer.part([each[index] for each in pieces], self._scratch / str(index))
-            parts.publish_chunk(self._scratch, self._folder, self._number, len(pieces), len(self._failures))
-        return Done(self._number, len(pieces), tuple(self._failures))
+            parts.publish_chunk(self._scratch, self._folder, self._number, len(pieces), len(failures))
+        return Done(self._number, len(pieces), failures)

@@ -39,7 +39,7 @@ def evaluate(
         predictions: What was found on each image, by the ground truth's image ids; of semantic maps, by their file names
             without the suffix. Any order.
         ground_truth: The path or the content of a COCO file (instances, person keypoints, panoptic), or a folder of semantic
-            maps as PNG, whose pixels are the model's class ids, and 255 (65535 with 255 classes and more) where none is known.
+            maps as PNG, whose pixels are the model's class ids, and 255 (65535 with more than 255 classes) where none is known.
         thing_classes: The model's names of things, by id; with them, classes that the model lacks are an error.
         stuff_classes: The model's names of stuff, by id.
         classes: Names of the only ones to evaluate; None: all of the ground truth.
