@@ -161,10 +161,10 @@ def _selecting(heads: nn.Module, options: Sequence[Options], settings: _Settings
     """Masks and keypoints for the wanted detections alone: ROI heads call this between finding boxes and the rest."""
     masks_and_keypoints = cast(Callable[..., Any], heads.forward_with_given_boxes)
 
-    def forward_with_given_boxes(features: Any, instances: list[Instances]) -> Any:
+    def forward_with_given_boxes(features: Any, instances: list[Instances], *rest: Any, **more: Any) -> Any:
         if len(instances) == len(options):
             instances = [_select(each, wanted, settings, whole) for each, wanted in zip(instances, options, strict=True)]
-        return masks_and_keypoints(features, instances)
+        return masks_and_keypoints(features, instances, *rest, **more)  # heads of a user's own may take more
 
     return {"forward_with_given_boxes": forward_with_given_boxes}
 

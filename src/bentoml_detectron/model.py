@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -29,8 +30,11 @@ from bentoml_detectron.errors import (
 # After artifact.config, which says how to install Detectron2 where it is missing.
 from detectron2.config import CfgNode  # isort: skip
 from detectron2.data.catalog import Metadata  # isort: skip
+from detectron2.data.transforms import ResizeShortestEdge  # isort: skip
 from detectron2.engine import DefaultPredictor  # isort: skip
 from detectron2.modeling import build_model  # isort: skip
+
+logger = logging.getLogger(__name__)
 
 _RANDOM_FILLS: frozenset[Callable[..., Any]] = frozenset(
     [getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "random_", "erfinv_", "exponential_")]
@@ -83,6 +87,7 @@ def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode
         InvalidArgumentError: (a ``ValueError`` too) Either has the wrong type, or the config is missing.
     """
     if isinstance(checkpointables, DefaultPredictor):
+        _check_unchanged(checkpointables)
         return _unwrapped(checkpointables.model), checkpointables.cfg, True
     if not isinstance(checkpointables, nn.Module):
         raise InvalidArgumentError(
@@ -95,6 +100,33 @@ def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode
     if not isinstance(cfg, CfgNode):
         lazy.model_node(cfg)
     return _unwrapped(checkpointables), cfg, False
+
+
+def _check_unchanged(predictor: DefaultPredictor) -> None:
+    """Checks that a predictor still does with images what its config says, which is all that is saved of that.
+
+    Raises:
+        InvalidArgumentError: It does not.
+    """
+    shortest, longest = predictor.cfg.INPUT.MIN_SIZE_TEST, predictor.cfg.INPUT.MAX_SIZE_TEST
+    resize = predictor.aug
+    sizes = getattr(resize, "short_edge_length", None), getattr(resize, "max_size", None)
+    if type(resize) is not ResizeShortestEdge or (sizes[0] and set(sizes[0])) != {shortest} or sizes[1] != longest:
+        raise InvalidArgumentError(
+            f"the predictor's aug is not what its config says, whose sizes are {shortest} and {longest}; give a predictor of a "
+            "config with the INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST that are meant",
+            value=resize,
+        )
+    if predictor.input_format != predictor.cfg.INPUT.FORMAT:
+        raise InvalidArgumentError(
+            f"the predictor's input_format is {predictor.input_format!r}, its config's {predictor.cfg.INPUT.FORMAT!r}; give a "
+            "predictor of a config with the INPUT.FORMAT that is meant",
+            value=predictor.input_format,
+        )
+    if type(predictor).__call__ is not DefaultPredictor.__call__:
+        logger.warning(
+            "%s calls its model in its own way, which is not saved; it loads as a DefaultPredictor", type(predictor).__name__
+        )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -241,9 +273,7 @@ def build_safely(build: Callable[[], Any], most_bytes: float = math.inf) -> Any:
         UnknownEntryError: It asks for an entry that no registry has.
     """
     try:
-        # Detectron2 builds on PyTorch's default device, the CPU, and moves what it built; the caller may have changed it.
-        default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-        with default, _NoRandomInit(most_bytes):
+        with _usual_defaults(), _NoRandomInit(most_bytes):
             built = build()
         if not isinstance(module_of(built), nn.Module):
             raise InvalidModelError(f"the config builds a {type(built).__name__}, not a torch.nn.Module")
@@ -256,6 +286,21 @@ def build_safely(build: Callable[[], Any], most_bytes: float = math.inf) -> Any:
         raise InvalidModelError(f"Detectron2 cannot build the model from its config: {exc!r}") from exc
     except Exception as exc:  # a config may be wrong in as many ways as Detectron2 has lines
         raise InvalidModelError(f"Detectron2 cannot build the model from its config: {exc!r}") from exc
+
+
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
+    """PyTorch's own: Detectron2 builds on the CPU and in float32 unless the caller has changed them."""
+    dtype = torch.get_default_dtype()
+    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    if dtype != torch.float32:
+        torch.set_default_dtype(torch.float32)
+    try:
+        with device:
+            yield
+    finally:
+        if dtype != torch.float32:
+            torch.set_default_dtype(dtype)
 
 
 def _complete_metadata(predictor: DefaultPredictor, dataset: Dataset) -> None:

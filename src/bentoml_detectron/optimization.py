@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from bentoml import Model, Tag
 
 from bentoml_detectron import imports, store
-from bentoml_detectron.errors import InvalidArgumentError, OptimizationError
+from bentoml_detectron.errors import ImageError, InvalidArgumentError, InvalidModelError, OptimizationError
 from bentoml_detectron.images import ImageLike
 from bentoml_detectron.results import Detections
 
@@ -37,6 +38,7 @@ LEAST_ALIKE = 0.95
 """Least share of detections that both precisions find, where there are no annotations."""
 LIKELY = 0.5
 """Score from which on a detection must be found in the other precision, too."""
+_LESS = 0.2  # of a score, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,8 @@ def optimize(
         OptimizationError: The model in int8 is slower than in fp32, or drifts more than allowed; nothing was saved.
         DetectronError: And what `load_predictor` raises.
     """
+    if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+        raise InvalidArgumentError(f"images is a {type(images).__name__}; give a list of images", value=type(images))
     if not images:
         raise InvalidArgumentError("there are no images to calibrate on; give some as the model will see them", value=0)
     store.check_new(name)
@@ -134,7 +138,7 @@ def optimize(
 
     def run(view: Any) -> None:
         for image in track(chosen, "measuring ranges", len(chosen)):
-            predictor(view)([image])
+            _found(predictor(view), image)
 
     calibration = engines.calibrate(module, run)
     if not calibration:
@@ -179,19 +183,39 @@ def _known(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
+def _found(predictor: Predictor, image: ImageLike) -> Detections:
+    """What is found on an image, or why nothing, by the image's name.
+
+    Raises:
+        InvalidModelError: The model gives no detections.
+    """
+    try:
+        found: object = predictor([image])[0]
+    except ImageError as exc:
+        if isinstance(image, (str, os.PathLike)):
+            raise exc.named(os.fspath(image)) from exc
+        raise
+    if not isinstance(found, Detections):
+        raise InvalidModelError(
+            f"the model gives a {type(found).__name__}, which is no detections; there is nothing to compare int8 by",
+            value=found,
+        )
+    return found
+
+
 def _compared(
     predictors: Mapping[Any, Predictor], images: Iterable[ImageLike], first: ImageLike
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of each image by precision, in turn, and how alike fp32 and int8 are on each that tells."""
     for each in predictors.values():  # what is made at the first run
-        each([first])
+        _found(each, first)
     seconds: dict[str, list[float]] = {each: [] for each in predictors}
     shares: list[float] = []
     for image in images:
         found: dict[str, Detections] = {}
         for name, predictor in predictors.items():
             start = time.perf_counter()
-            found[name] = predictor([image])[0]
+            found[name] = _found(predictor, image)
             seconds[name].append(time.perf_counter() - start)
         shares += [] if (share := alike(found["fp32"], found["int8"])) is None else [share]
     return seconds, shares
@@ -237,10 +261,11 @@ def alike(one: Detections, other: Detections) -> float | None:
 
 def _matched(one: Detections, other: Detections) -> int:
     """How many likely detections of one are in the other."""
-    likely, near = one.scores >= LIKELY, other.scores >= LIKELY - 0.2
+    likely, near = one.scores >= LIKELY, other.scores >= LIKELY - _LESS
     overlap = _ious(_corners(one.boxes[likely]), _corners(other.boxes[near])) >= 0.5
     same = one.class_ids[likely][:, None] == other.class_ids[near][None]
-    return int((overlap & same).any(axis=1).sum())
+    close = other.scores[near][None] >= one.scores[likely][:, None] - _LESS
+    return int((overlap & same & close).any(axis=1).sum())
 
 
 def _corners(boxes: NDArray[np.float32]) -> NDArray[np.float32]:

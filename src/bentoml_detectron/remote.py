@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 import time
 from collections import deque
@@ -23,6 +25,7 @@ TOKEN_VARIABLE = "BENTOML_DETECTRON_TOKEN"
 
 _AGAIN = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 """Refusals after which the service says when to ask again."""
+_SENDABLE = re.compile(r"[!-~]+( +[!-~]+)*")  # in a header
 _LONGEST_PAUSE = 30.0  # seconds
 _LEAST_PAUSE = 0.1
 
@@ -56,15 +59,16 @@ class Remote:
                 f"connections={connections}, patience={patience}; give 1 or more, and seconds above 0",
                 value=(connections, patience),
             )
+        if token and not _SENDABLE.fullmatch(token):  # and not in a message, which may be in a log
+            raise InvalidArgumentError(
+                "the token cannot be sent in a header, as with a line's end; give plain letters and digits"
+            )
         self.url = url.rstrip("/")
         self._connections = connections
         self._patience = patience
         limits = httpx.Limits(max_connections=connections)
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        try:
-            self._client = httpx.Client(headers=headers, limits=limits, timeout=httpx.Timeout(patience))
-        except (UnicodeEncodeError, ValueError) as exc:
-            raise InvalidArgumentError("the token cannot be sent in a header; give plain letters and digits") from exc
+        self._client = httpx.Client(headers=headers, limits=limits, timeout=httpx.Timeout(patience))
 
     def __enter__(self) -> Remote:
         return self
@@ -88,7 +92,7 @@ class Remote:
             raise InvalidArgumentError(f"{self.url} is no service of bentoml-detectron: {answer.text!r:.80}", value=self.url)
         return found
 
-    def predict(self, images: Iterable[Path]) -> Iterator[Detections]:
+    def predict(self, images: Iterable[str | os.PathLike[str]]) -> Iterator[Detections]:
         """What the service finds on each image, in their order, with its model's own thresholds.
 
         Args:
@@ -104,7 +108,7 @@ class Remote:
         with ThreadPoolExecutor(self._connections) as pool:
             try:
                 for path in images:
-                    waiting.append(pool.submit(self._predict, path, stop))
+                    waiting.append(pool.submit(self._predict, Path(path), stop))
                     if len(waiting) > 2 * self._connections:  # what is ahead of a slow one is held
                         yield waiting.popleft().result()
                 while waiting:

@@ -10,7 +10,8 @@ import bentoml
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import RetinaNet
+from detectron2.layers import ROIAlign
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from detectron2.modeling.proposal_generator import RPN
@@ -23,6 +24,7 @@ from torch import nn
 from bentoml_detectron import demo, engines, fastest
 from bentoml_detectron.artifact import config
 from bentoml_detectron.engines import anchors, eager, fusion, normalization, parts, proposals, structure, winograd
+from bentoml_detectron.engines.graph import Graph
 from bentoml_detectron.engines.pooler import Pooler
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.predictor import Predictor, on_device
@@ -123,6 +125,31 @@ def test_heads_that_give_maps_take_a_few_boxes_at_once(family, place, monkeypatc
 
 
 @every_precision
+def test_a_c4_models_many_boxes_go_through_its_head_some_at_a_time(precision, monkeypatch):
+    """What its last stage gives on is averaged, and so may be integers."""
+    model = built(zoo_config(ZOO["Faster R-CNN, C4"]))
+    inputs = [image()]
+    fast = faster(model, precision, *inputs)
+    due = run(fast, *inputs)[0]["instances"]
+    monkeypatch.setattr(engines, "_MAPS_AT_ONCE", 3)
+    found = run(fast, *inputs)[0]["instances"]
+    assert len(found) == len(due) > 3
+    torch.testing.assert_close(found.scores, due.scores, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_all_normalisations_go_into_convolutions(norm):
+    cfg = zoo_config(ZOO["Mask R-CNN, FPN"])
+    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = norm
+    model = built(cfg)
+    backbone = next(part for part in parts.find(model) if part.is_backbone)
+    example = parts.record(model, [backbone], lambda each: run(each, image()))[backbone]
+    graph = Graph(model, backbone, example)
+    assert sum(isinstance(each, nn.BatchNorm2d | nn.SyncBatchNorm) for each in model.backbone.modules()) == 50
+    assert not any(isinstance(each, nn.BatchNorm2d | nn.SyncBatchNorm) for each in graph.modules())
+
+
+@every_precision
 def test_all_parts_of_a_mask_rcnn_are_replaced(precision):
     model = built(zoo_config(ZOO["Mask R-CNN, FPN"]))
     fast = faster(model, precision)
@@ -130,7 +157,7 @@ def test_all_parts_of_a_mask_rcnn_are_replaced(precision):
     assert places == {"backbone", "proposal_generator.rpn_head", "roi_heads.box_head", "roi_heads.mask_head"}
     assert type(fast) is type(model)
     for place in ("backbone", "proposal_generator.rpn_head", "roi_heads.box_head"):
-        assert not list(fast.get_submodule(place).parameters()), place
+        assert not any(each.numel() for each in fast.get_submodule(place).parameters()), place
     assert isinstance(fast.roi_heads.box_pooler, Pooler)
     assert isinstance(fast.proposal_generator, proposals.ChoosingFirst)
 
@@ -662,6 +689,22 @@ class ViewingFeatures(StandardROIHeads):
         return super().forward(images, {name: each.view(-1).view(each.shape) for name, each in features.items()}, proposals)
 
 
+class Doubling(ROIAlign):
+    def forward(self, input, rois):
+        return super().forward(input, rois) * 2
+
+
+class AskingWhereItIs(GeneralizedRCNN):
+    def preprocess_image(self, batched_inputs):
+        assert next(self.backbone.parameters()).device.type == next(self.roi_heads.box_head.parameters()).device.type == "cpu"
+        return super().preprocess_image(batched_inputs)
+
+
+def _double(model):
+    for each in model.roi_heads.box_pooler.level_poolers:
+        each.__class__ = Doubling
+
+
 def _changed(change):
     model = built(tiny_cfg())
     change(model)
@@ -677,9 +720,14 @@ def _changed(change):
         lambda model: setattr(model.roi_heads, "__class__", ViewingPooled),
         lambda model: setattr(model.roi_heads, "__class__", ViewingFeatures),
         lambda model: setattr(model.backbone, "lock", threading.Lock()),
+        _double,
+        lambda model: model.roi_heads.box_pooler.register_forward_hook(lambda module, given, pooled: pooled * 2),
+        lambda model: model.roi_heads.box_pooler.level_poolers[1].register_forward_pre_hook(lambda module, given: given),
+        lambda model: setattr(model, "__class__", AskingWhereItIs),
     ],
     ids=["anchors are written into", "RPN's head views", "box head views", "pooled features are viewed",
-         "feature maps are viewed", "backbone that cannot be copied"],
+         "feature maps are viewed", "backbone that cannot be copied", "RoIAlign that doubles", "hook on a pooler",
+         "hook before a level's pooler", "parts are asked where they are"],
 )  # fmt: skip
 @every_precision
 def test_parts_of_a_users_own_find_what_they_find_in_detectron2(change, precision):
@@ -691,4 +739,5 @@ def test_parts_of_a_users_own_find_what_they_find_in_detectron2(change, precisio
         found = run(fast)[0]["instances"]
         assert len(found) > 0
         if precision == "fp32":
+            assert len(found) == len(due)
             torch.testing.assert_close(found.pred_boxes.tensor, due.pred_boxes.tensor, atol=1e-2, rtol=1e-3)

@@ -9,20 +9,30 @@ import bentoml
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
-from bentoml_detectron import demo, engines, errors, fastest, load_predictor, verify
+from bentoml_detectron import Detections, demo, engines, errors, fastest, load_predictor, verify
 from bentoml_detectron.artifact import manifest
 from bentoml_detectron.engines.int8 import Ranges
 from bentoml_detectron.engines.quantized import Range
 from bentoml_detectron.model import load, module_of
 from bentoml_detectron.optimization import LEAST_ALIKE, MOST_LOST, Report, alike, optimize, problems
 from bentoml_detectron.store import check_precision, open_model
+from support import built, tiny_cfg
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not engines.has_int8(), reason="int8 needs AVX2"),
 ]
 REPORT = Report("digits:1", "int8", 20, 20, {"fp32": 20.0, "int8": 10.0}, 2.0, 0.99, {}, {})
+
+
+@META_ARCH_REGISTRY.register()
+class GivingNumbers(GeneralizedRCNN):
+    """Counts, and gives no detections."""
+
+    def forward(self, batched_inputs):
+        return [{"count": len(each["instances"])} for each in super().forward(batched_inputs)]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,31 @@ def test_in_int8_it_finds_what_it_finds_in_fp32(optimized):
     assert np.mean(shares) >= LEAST_ALIKE
     assert report.alike >= LEAST_ALIKE
     assert any(not np.array_equal(plain([each])[0].scores, predictor([each])[0].scores) for each in demo.images()[:3])
+
+
+@pytest.mark.parametrize(("score", "due"), [(0.95, 1.0), (0.76, 1.0), (0.74, 0.5), (0.31, 0.0)])
+def test_what_scores_much_less_is_not_alike(score, due):
+    one, other = (
+        Detections((50, 50), np.array([[0, 0, 10, 10]], np.float32), np.array([each], np.float32), np.array([0]), ("",))
+        for each in (0.95, score)
+    )
+    assert alike(one, other) == alike(other, one) == due
+
+
+def test_an_image_that_cannot_be_used_is_named(digits, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no picture")
+    with pytest.raises(errors.UnsupportedImageError, match=rf"^{tmp_path}/bad\.jpg: it is text"):
+        optimize(digits, [demo.images()[0], tmp_path / "bad.jpg"], name="none")
+    for wrong in (iter(demo.images()), str(demo.images()[0]), np.zeros((2, 9, 9, 3), np.uint8)):
+        with pytest.raises(errors.InvalidArgumentError, match="give a list of images"):
+            optimize(digits, wrong, name="none")
+
+
+def test_a_model_that_gives_no_detections_is_told_so():
+    cfg = tiny_cfg("GivingNumbers")
+    saved = bentoml.detectron.save_model("numbers", built(cfg), cfg)
+    with pytest.raises(errors.InvalidModelError, match="the model gives a dict, which is no detections"):
+        optimize(saved, demo.images()[:2], name="none")
 
 
 def test_a_model_that_was_not_calibrated_has_no_int8(digits):

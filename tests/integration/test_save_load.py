@@ -11,7 +11,9 @@ import bentoml
 import pytest
 import torch
 from bentoml import Tag
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
+from fvcore.transforms.transform import NoOpTransform
 
 from bentoml_detectron import errors
 from support import BLOCK_NETWORK, assert_same, built, checkpoint, picture, run_python, tensors, tiny_cfg, tree
@@ -250,6 +252,31 @@ def test_data_parallel_module_is_saved_as_the_module_inside():
     assert bentoml.detectron.load_model(saved).state_dict().keys() == module.state_dict().keys()
 
 
+def test_predictor_that_is_called_in_its_own_way_is_saved_with_a_warning(tmp_path, caplog):
+    class Counting(DefaultPredictor):
+        def __call__(self, original_image):
+            return len(super().__call__(original_image)["instances"])
+
+    saved = bentoml.detectron.save_model("counting", Counting(checkpoint(tiny_cfg(), tmp_path / "weights.pth")))
+    assert "Counting calls its model in its own way, which is not saved" in caplog.text
+    assert type(bentoml.detectron.load_model(saved)) is DefaultPredictor
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(dtype, demo_predictor, demo_image):
+    saved = bentoml.detectron.save_model("defaults", demo_predictor)
+    due = bentoml.detectron.load_predictor(saved)([demo_image])
+    predictor = bentoml.detectron.load_predictor(saved)
+    torch.set_default_dtype(dtype)
+    try:
+        assert predictor([demo_image]) == due
+        assert bentoml.detectron.load_model(saved).model.pixel_mean.dtype == torch.float32
+        assert bentoml.detectron.load_predictor(saved)([demo_image]) == due
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class TestMistakes:
     """Each is a clear error, and the store is afterwards what it was."""
 
@@ -264,6 +291,21 @@ class TestMistakes:
     def test_module_without_config(self):
         with pytest.raises(ValueError, match="config is required"):
             bentoml.detectron.save_model("mistake", built(tiny_cfg()))
+
+    def test_predictor_whose_images_are_not_as_its_config_says(self, tmp_path):
+        """They would be once it is loaded, without a word."""
+        for name, value, cure in (
+            ("aug", ResizeShortestEdge([96, 96], 200), "MIN_SIZE_TEST"),
+            ("aug", ResizeShortestEdge(64, 300), "MAX_SIZE_TEST"),
+            ("aug", NoOpTransform(), "MIN_SIZE_TEST"),
+            ("input_format", "RGB", "FORMAT"),
+        ):
+            cfg = checkpoint(tiny_cfg(), tmp_path / "weights.pth")
+            cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 200
+            predictor = DefaultPredictor(cfg)
+            setattr(predictor, name, value)
+            with pytest.raises(errors.InvalidArgumentError, match=rf"the predictor's {name}.*{cure}"):
+                bentoml.detectron.save_model("mistake", predictor)
 
     @pytest.mark.parametrize("config", [{}, "config.yaml", 7])
     def test_config_of_the_wrong_type(self, config):

@@ -22,7 +22,7 @@ from bentoml_detectron.engines import anchors, eager, fusion, int8, normalizatio
 from bentoml_detectron.engines.graph import Graph
 from bentoml_detectron.engines.parts import Example, Part, Replacement, find, record, replaced, with_module
 from bentoml_detectron.engines.pooler import Pooler
-from bentoml_detectron.engines.quantized import Range, quantize
+from bentoml_detectron.engines.quantized import Quantized, Range, quantize
 from bentoml_detectron.engines.structure import rebuild, tensors
 from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.memory import keep_freed_memory
@@ -353,4 +353,8 @@ def _in_pieces(run: eager.Run, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
         return run(inputs)
     starts = range(0, count, _MAPS_AT_ONCE)
     pieces = [run([each[start : start + _MAPS_AT_ONCE] for each in inputs]) for start in starts]
-    return [torch.cat(each) for each in zip(*pieces, strict=True)]
+    return [torch.cat([_numbers(piece) for piece in each]) for each in zip(*pieces, strict=True)]
+
+
+def _numbers(features: torch.Tensor | Quantized) -> torch.Tensor:
+    return features.float() if isinstance(features, Quantized) else features

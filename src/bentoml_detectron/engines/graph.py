@@ -38,7 +38,7 @@ def fold(module: nn.Module) -> nn.Module:
     """Puts the frozen normalisations of a module into the convolutions before them; changes it and gives it back."""
     for each in module.modules():
         norm = getattr(each, "norm", None)
-        if not isinstance(each, Conv2d) or not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
+        if not isinstance(each, Conv2d) or not isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)):
             continue
         if norm.running_mean is None or norm.running_var is None:  # it would take the batch's
             continue

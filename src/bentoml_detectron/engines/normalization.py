@@ -44,7 +44,7 @@ class Preprocess:
         sizes = [(int(each.shape[1]), int(each.shape[2])) for each in images]
         channels = len(images[0])
         height, width = (-(-max(lengths) // self._multiple) * self._multiple for lengths in zip(*sizes, strict=True))
-        batch = torch.empty((len(images), height, width * channels))
+        batch = torch.empty((len(images), height, width * channels), dtype=torch.float32)
         mean, std = (each.expand(channels).repeat(width) for each in (self._mean, self._std))
         for image, rows, (below, right) in zip(images, batch, sizes, strict=True):
             right *= channels

@@ -115,6 +115,9 @@ class _Replaced(nn.Module):
     def __init__(self, module: nn.Module, call: Replacement) -> None:
         super().__init__()
         self._call = call
+        parameter = next(module.parameters(), None)
+        if parameter is not None:  # a model of a user's own may ask its first one where it is
+            self.stand_in = nn.Parameter(parameter.detach()[..., :0].reshape(-1), requires_grad=False)
         for name in ("size_divisibility", "padding_constraints"):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels, convert_boxes_to_pooler_format
@@ -32,9 +34,11 @@ class Pooler(nn.Module):
 
     @staticmethod
     def takes(module: nn.Module) -> bool:
-        """Whether it is a pooler that can be replaced."""
-        levels = getattr(module, "level_poolers", ())
-        return type(module) is ROIPooler and all(isinstance(each, ROIAlign) for each in levels)
+        """Whether it is a pooler that can be replaced: Detectron2's own, with nothing hooked on."""
+        levels: Any = getattr(module, "level_poolers", ())
+        if type(module) is not ROIPooler or not all(type(each) is ROIAlign for each in levels):
+            return False
+        return not any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
 
     def forward(self, features: list[torch.Tensor | Quantized], box_lists: list[Boxes]) -> torch.Tensor:
         """As `ROIPooler.forward`; (M, C, *output_size)."""

@@ -177,7 +177,7 @@ class _Axis:
         part = at - below
         lowest = below.amin(dim=2, keepdim=True)
         place = (below - lowest).to(torch.int64).clamp(max=span - 1)
-        weights = torch.zeros((len(chosen), self._bins, span + 1))
+        weights = torch.zeros((len(chosen), self._bins, span + 1), dtype=torch.float32)
         weights.scatter_add_(2, place, weight * (1 - part))
         weights.scatter_add_(2, place + 1, weight * part)
         pixels = torch.minimum(lowest + torch.arange(span), length - 1)
