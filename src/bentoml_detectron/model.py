@@ -305,4 +305,5 @@ def _usual_defaults() -> Iterator[None]:
 
 def _complete_metadata(predictor: DefaultPredictor, dataset: Dataset) -> None:
     """Gives a predictor its own class names, whatever this process knows of a dataset with that name."""
-    predictor.metadata = Metadata(**{**predictor.metadata.as_dict(), **dataset.model_dump(exclude_none=True)})
+    known = getattr(predictor, "metadata", Metadata())  # it has none where the config names no dataset to test on
+    predictor.metadata = Metadata(**{**known.as_dict(), **dataset.model_dump(exclude_none=True)})

@@ -47,6 +47,9 @@ def test_errors_are_one_line_and_exit_status_1(tmp_path):
     assert len(errors) == 1
     assert "--output" in errors[0]
     assert "Traceback" not in result.stderr
+    named = run("demo", "--output", "found.txt", folder=tmp_path)
+    assert (named.returncode, named.stdout) == (1, "")
+    assert named.stderr.splitlines()[-1] == "Error: found.txt is no picture's name; give one as found.png as --output"
     assert "Traceback" in run("--debug", "demo", "--output", "no/such/folder/found.png", folder=tmp_path).stderr
 
 

@@ -11,6 +11,7 @@ import bentoml
 import pytest
 import torch
 from bentoml import Tag
+from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
 from fvcore.transforms.transform import NoOpTransform
@@ -250,6 +251,16 @@ def test_data_parallel_module_is_saved_as_the_module_inside():
     module = built(cfg)
     saved = bentoml.detectron.save_model("parallel", torch.nn.DataParallel(module), cfg)
     assert bentoml.detectron.load_model(saved).state_dict().keys() == module.state_dict().keys()
+
+
+def test_class_names_are_those_of_the_training_where_there_is_nothing_to_test_on(tmp_path):
+    """As Detectron2's tutorial has it."""
+    MetadataCatalog.get("training_of_this_test").set(thing_classes=["balloon"])
+    cfg = checkpoint(tiny_cfg(), tmp_path / "weights.pth")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("training_of_this_test",), ()
+    saved = bentoml.detectron.save_model("balloons", DefaultPredictor(cfg))
+    assert bentoml.detectron.load_model(saved).metadata.thing_classes == ["balloon"]
+    assert bentoml.detectron.load_predictor(saved).class_names == ("balloon",)
 
 
 def test_predictor_that_is_called_in_its_own_way_is_saved_with_a_warning(tmp_path, caplog):

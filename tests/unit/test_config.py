@@ -134,5 +134,7 @@ def test_dataset_that_this_process_knows_is_kept():
     cfg.DATASETS.TEST = ("of_test_config",)
     assert config.dataset_of(cfg).thing_dataset_id_to_contiguous_id == {7: 0}
     assert config.dataset_of(get_cfg()) is None
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("of_test_config",), ()  # as Detectron2's tutorial has it
+    assert config.dataset_of(cfg).name == "of_test_config"
     cfg.DATASETS.TEST = ("nobody_registered_this",)
     assert config.dataset_of(cfg).model_dump(exclude_none=True) == {"name": "nobody_registered_this"}

@@ -157,8 +157,9 @@ def input_of(cfg: CfgNode) -> Input:
 
 
 def dataset_of(cfg: CfgNode) -> Dataset | None:
-    """What this process knows of the dataset that the config tests on; None where it names none."""
-    return known_dataset(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+    """What this process knows of the dataset that the config tests on, or else trains on; None where it names none."""
+    names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
+    return known_dataset(names[0]) if names else None
 
 
 def known_dataset(name: str) -> Dataset:

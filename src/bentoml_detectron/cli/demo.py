@@ -27,6 +27,8 @@ def command(output: Path, image: int) -> None:
 
     from bentoml_detectron import demo, draw, load_predictor, masks, save_model
 
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise InvalidArgumentError(f"{output} is no picture's name; give one as found.png as --output", value=str(output))
     saved = save_model("digits-demo", demo.predictor())
     click.echo(f"Saved {saved.tag}")
     path = demo.images()[image]
