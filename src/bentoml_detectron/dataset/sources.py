@@ -87,6 +87,7 @@ class Dataset:
         self.columns = columns or Columns()
         self._count = 0
         self._left_out = {os.path.realpath(each) for each in left_out}
+        self._folders: dict[str, str | None] = {}  # by what globs call them, as they are; None of those that are left out
         self._here = Path.cwd()  # whoever reads an image may be elsewhere
 
     def __iter__(self) -> Iterator[Item]:
@@ -118,10 +119,19 @@ class Dataset:
     def _matches(self, pattern: str) -> Iterator[str]:
         """What a glob fits, in order; of one with ``**``, which fits what is in a folder, too, files alone."""
         for match in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute patterns
-            if "**" in pattern and Path(match).is_dir():
-                continue
-            if not self._left_out or self._left_out.isdisjoint(_at_and_above(match)):
+            if not ("**" in pattern and os.path.isdir(match)) and not self._is_left_out(match):  # noqa: PTH112 - as below
                 yield match
+
+    def _is_left_out(self, path: str) -> bool:
+        """Whether it is, or what it is in."""
+        if not self._left_out:
+            return False
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            real = Path(os.path.realpath(folder))
+            self._folders[folder] = None if any(str(each) in self._left_out for each in (real, *real.parents)) else str(real)
+        above = self._folders[folder]
+        return above is None or os.path.join(above, name) in self._left_out  # noqa: PTH118
 
     def _existing(self, name: str) -> Iterator[Item]:
         if self.categories is not None:
@@ -221,11 +231,6 @@ def _some(name: str, what: str, found: Iterator[Any]) -> Iterator[Any]:
         raise InvalidArgumentError(
             f"there is {what} in {name!r}; a folder's images end with {' '.join(SUFFIXES)}, other files are named", value=name
         )
-
-
-def _at_and_above(path: str) -> list[str]:
-    real = Path(os.path.realpath(path))
-    return list(map(str, (real, *real.parents)))
 
 
 def _fail(error: OSError) -> None:
