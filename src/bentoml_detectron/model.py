@@ -109,19 +109,20 @@ def _check_unchanged(predictor: DefaultPredictor) -> None:
         InvalidArgumentError: It does not.
     """
     shortest, longest = predictor.cfg.INPUT.MIN_SIZE_TEST, predictor.cfg.INPUT.MAX_SIZE_TEST
-    resize = predictor.aug
-    sizes = getattr(resize, "short_edge_length", None), getattr(resize, "max_size", None)
-    if type(resize) is not ResizeShortestEdge or (sizes[0] and set(sizes[0])) != {shortest} or sizes[1] != longest:
+    resize: Any = getattr(predictor, "aug", None)  # a subclass may have none
+    order = getattr(predictor, "input_format", None)
+    is_due = type(resize) is ResizeShortestEdge and set(resize.short_edge_length) == {shortest} and resize.max_size == longest
+    if resize is not None and not is_due:
         raise InvalidArgumentError(
             f"the predictor's aug is not what its config says, whose sizes are {shortest} and {longest}; give a predictor of a "
             "config with the INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST that are meant",
             value=resize,
         )
-    if predictor.input_format != predictor.cfg.INPUT.FORMAT:
+    if order is not None and order != predictor.cfg.INPUT.FORMAT:
         raise InvalidArgumentError(
-            f"the predictor's input_format is {predictor.input_format!r}, its config's {predictor.cfg.INPUT.FORMAT!r}; give a "
-            "predictor of a config with the INPUT.FORMAT that is meant",
-            value=predictor.input_format,
+            f"the predictor's input_format is {order!r}, its config's {predictor.cfg.INPUT.FORMAT!r}; give a predictor of a "
+            "config with the INPUT.FORMAT that is meant",
+            value=order,
         )
     if type(predictor).__call__ is not DefaultPredictor.__call__:
         logger.warning(

@@ -117,7 +117,7 @@ class _Replaced(nn.Module):
         self._call = call
         parameter = next(module.parameters(), None)
         if parameter is not None:  # a model of a user's own may ask its first one where it is
-            self.stand_in = nn.Parameter(parameter.detach()[..., :0].reshape(-1), requires_grad=False)
+            self.stand_in = nn.Parameter(parameter.detach().new_empty(0), requires_grad=False)
         for name in ("size_divisibility", "padding_constraints"):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))
