@@ -33,6 +33,7 @@ A message names the offending value and the cure; the value is also an attribute
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -114,11 +115,6 @@ class ImageError(InvalidArgumentError):
     def __init__(self, message: str, *, index: int | None = None, value: Any = None) -> None:
         super().__init__(message if index is None else f"image {index}: {message}", value=value)
         self.index = index
-        self._reason = message
-
-    def named(self, name: str) -> ImageError:
-        """The same of an image that has a name, in place of its place in a call."""
-        return type(self)(f"{name}: {self._reason}", value=self.value)
 
 
 class UnsupportedImageError(ImageError):
@@ -237,3 +233,13 @@ class SaveError(DetectronError):
 
 class OutputError(DetectronError):
     """A dataset's results cannot be written where they should: something is there, another run writes, or the disk is full."""
+
+
+def reason(error: DetectronError) -> str:
+    """An error's message, without an image's place in a call that nobody made."""
+    return re.sub(r"^image \d+: ", "", str(error))
+
+
+def named(error: DetectronError, name: str) -> DetectronError:
+    """The same error of an image that has a name, with which its message begins; the name is its value."""
+    return type(error)(f"{name}: {reason(error)}", value=name)

@@ -18,11 +18,11 @@ def for_less() -> Iterator[None]:
     """For imports of PyTorch and Detectron2: what neither needs yet is put off (``benchmarks/bench_import.py``).
 
     Python's garbage collector rests meanwhile. They make a great many objects, all of which stay, and it looks through them
-    again and again: a tenth of the time that they take.
+    again and again.
 
     PyTorch's compiler is not imported with torchvision, of which Detectron2 needs operators, but when something is first asked
-    of it: a third of the time, and 150 MB. torchvision 0.17 and later imports it for one function, which says whether
-    the compiler is there, and calls it on GPUs alone. What is already imported stays as it is.
+    of it. torchvision imports it for one function, which says whether the compiler is there, and which it calls where its
+    operators are missing or, on GPUs, where deterministic ones are asked for. What is already imported stays as it is.
     """
     was_enabled = gc.isenabled()
     gc.disable()

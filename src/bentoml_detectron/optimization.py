@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 from bentoml import Model, Tag
 
-from bentoml_detectron import imports, store
+from bentoml_detectron import errors, imports, store
 from bentoml_detectron.errors import ImageError, InvalidArgumentError, InvalidModelError, OptimizationError
 from bentoml_detectron.images import ImageLike
 from bentoml_detectron.results import Detections
@@ -193,7 +193,7 @@ def _found(predictor: Predictor, image: ImageLike) -> Detections:
         found: object = predictor([image])[0]
     except ImageError as exc:
         if isinstance(image, (str, os.PathLike)):
-            raise exc.named(os.fspath(image)) from exc
+            raise errors.named(exc, os.fspath(image)) from exc
         raise
     if not isinstance(found, Detections):
         raise InvalidModelError(

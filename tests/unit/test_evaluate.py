@@ -588,8 +588,8 @@ def test_segments_that_are_none_and_names_that_no_file_has_are_errors_that_say_s
     with pytest.raises(InvalidArgumentError, match="has the segment 3, of no category"):
         truths.read(content([1], [row]), panoptic_root=tmp_path)
     file = content([1], [])
-    file["images"][0]["file_name"] = "x" * 300
-    with pytest.raises(ImageError, match="xxx of the ground truth is not in"):
+    file["images"][0]["file_name"] = "a" * 300
+    with pytest.raises(ImageError, match="aaa of the ground truth is not in"):
         truths.read(file).files(tmp_path)
 
 

@@ -61,8 +61,10 @@ def keys(path: str, image: str | None = None, key: str | None = None) -> Iterato
             rows = file.metadata.row_group(number).num_rows
             found = _values(file, number, name, _KEYS) if name is not None else iter([None] * rows)
             for each in found:
-                text = os.fsdecode(each) if isinstance(each, bytes) else str(each)
-                yield text if each is not None else f"{path}#{row}"
+                if each is None:
+                    yield f"{path}#{row}"
+                else:
+                    yield os.fsdecode(each) if isinstance(each, bytes) else str(each)
                 row += 1
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import orjson
 
+from bentoml_detectron import errors
 from bentoml_detectron.errors import DetectronError, InvalidArgumentError
 from bentoml_detectron.results import Detections
 
@@ -62,11 +62,11 @@ class Failure:
     @property
     def reason(self) -> str:
         """The error's message, without the place in a call that nobody made."""
-        return re.sub(r"^image \d+: ", "", str(self.error))
+        return errors.reason(self.error)
 
     def named(self) -> DetectronError:
         """The error as one whose message begins with the image's name."""
-        return type(self.error)(f"{self.file_name}: {self.reason}", value=self.file_name)
+        return errors.named(self.error, self.file_name)
 
     def to_json(self) -> str:
         """As one JSON object, a line: "file_name", "image_id" and "reason"."""

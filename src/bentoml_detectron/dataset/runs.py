@@ -19,6 +19,7 @@ from bentoml_detectron.dataset import formats, parts
 from bentoml_detectron.dataset.chunks import CHUNK, Clock, check_chunk
 from bentoml_detectron.dataset.engine import Engine, Local
 from bentoml_detectron.dataset.parts import CHUNKS, FINISHED, PLAN, RESULT, SOURCES, Listing
+from bentoml_detectron.dataset.prediction import written
 from bentoml_detectron.dataset.sources import Columns, Dataset, Source
 from bentoml_detectron.dataset.work import Work
 from bentoml_detectron.errors import InvalidArgumentError, OutputError
@@ -230,9 +231,7 @@ class _Run:
         return before, Report(**mark["report"]) if mark else None
 
     def _names(self) -> list[list[str]]:
-        # A name may have bytes that are no UTF-8, which JSON has no place for.
-        names = [str(folder).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for folder in self._folders]
-        paths = [name.removesuffix(parts.SUFFIX) for name in names]
+        paths = [written(str(folder).removesuffix(parts.SUFFIX)) for folder in self._folders]
         return [list(each) for each in zip(paths, self._work.formats, strict=True)]
 
     def _plan(self, listing: Listing, categories: dict[str, int] | None) -> dict[str, Any]:
@@ -264,11 +263,7 @@ class _Run:
             ids = None if categories is None else category_ids(model.dataset, model.wanted, categories)
             chosen = {"max_batch_pixels": model.budget, _CHOSEN: model.precision}
             work = replace(
-                work,
-                max_batch_pixels=model.budget,
-                precision=model.precision,
-                categories=ids,
-                text_ids=listing.text_ids,
+                work, max_batch_pixels=model.budget, precision=model.precision, categories=ids, text_ids=listing.text_ids
             )
             with parts.writing(self._main):
                 if before is None:

@@ -103,7 +103,8 @@ class Instances:
         self._truth = truth
         self._sigmas = keypoint_sigmas
         self._ids = {each.name: each.id for each in truth.categories}
-        self._every = {each.name: each.id for each in truth.every}
+        self._every = [each.name for each in truth.every]
+        self._known = frozenset(self._every)
         self._unknown: dict[str, None] = {}
         self._rows: list[dict[str, Any]] = []
         self._sizes: list[tuple[int, int]] = [(0, 0)] * len(truth.images)
@@ -147,7 +148,7 @@ class Instances:
     def _category(self, name: str, label: int) -> int | None:
         """COCO's id of a class by its name; without one by Detectron2's own rule, the place among the sorted ids."""
         if name:
-            if name not in self._every:
+            if name not in self._known:
                 self._unknown[name] = None
             return self._ids.get(name)
         self._note("the model carries no class names: its ids are the places of the categories, in the order of their ids")
@@ -157,7 +158,7 @@ class Instances:
                 "with its classes' names",
                 value=label,
             )
-        return self._ids.get([*self._every][label])
+        return self._ids.get(self._every[label])
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
