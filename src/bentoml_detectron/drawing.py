@@ -37,12 +37,14 @@ def draw(image: ImageLike, found: Detections, *, labels: bool = True) -> NDArray
     Raises:
         DependencyMissingError: supervision is not installed.
         ImageError: The image cannot be used.
-        InvalidArgumentError: (``ValueError``) The image is of another size.
+        InvalidArgumentError: (``ValueError``) The image is of another size, or `found` is none.
     """
     try:
         import supervision as sv
     except ModuleNotFoundError as exc:
         raise DependencyMissingError("drawing needs supervision: pip install 'bentoml-detectron[draw]'") from exc
+    if not isinstance(found, Detections):
+        raise InvalidArgumentError(f"found is a {type(found).__name__}; give the Detections of one image", value=type(found))
     height, width = found.image_size
     limits = images.Limits(max_pixels=max(height * width, images.DEFAULT_LIMITS.max_pixels))
     scene = np.array(images.load(image, limits), order="C")

@@ -19,6 +19,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from bentoml_detectron.options import Options
+from bentoml_detectron.views import view
 
 THRESHOLD = "test_score_thresh"
 """What the box predictors, RetinaNet and FCOS of Detectron2 call their threshold."""
@@ -169,22 +170,6 @@ def _selecting(heads: nn.Module, options: Sequence[Options], settings: _Settings
     return {"forward_with_given_boxes": forward_with_given_boxes}
 
 
-def view(module: nn.Module, change: Callable[[nn.Module], dict[str, Any]]) -> nn.Module:
-    """A view of a module, with other attributes than it has; the module itself where none are.
-
-    Args:
-        module: Left as it is.
-        change: The attributes that each of its modules shall have in the view; none for most.
-    """
-    children = {name: child and view(child, change) for name, child in module._modules.items()}
-    attributes = change(module)
-    if not attributes and all(child is module._modules[name] for name, child in children.items()):
-        return module
-    copied = module.__class__.__new__(module.__class__)
-    copied.__dict__ = {**module.__dict__, "_modules": children, **attributes}
-    return copied
-
-
 def _select(instances: Instances, wanted: Options, settings: _Settings, whole: bool = False) -> Instances:
     """The wanted ones, in their order; `whole` leaves classes and number to whoever combines them with the rest.
 
@@ -206,9 +191,10 @@ def chosen(instances: Instances, wanted: Options, among: torch.Tensor | None = N
     """Which are of the wanted classes and among the best `top_k` of these; (N,) bool."""
     scores = scores_of(instances)
     keep = torch.ones_like(scores, dtype=torch.bool) if among is None else among.clone()
-    if wanted.things is not None and instances.has("pred_classes"):
+    if wanted.things is not None:
         ids = torch.tensor(sorted(wanted.things), dtype=torch.int64, device=scores.device)
-        keep &= torch.isin(instances.pred_classes, ids)
+        given = instances.pred_classes if instances.has("pred_classes") else torch.zeros_like(scores, dtype=torch.int64)
+        keep &= torch.isin(given, ids)
     return keep if wanted.top_k is None else _best(scores, keep, wanted.top_k)
 
 

@@ -88,7 +88,7 @@ def build(
         found = _weights_path(weights_file or OmegaConf.select(lazy_config, "train.init_checkpoint"))
         built = build_safely(lambda: instantiate(lazy.model_node(lazy_config)))
         if named is not None:
-            name = categories.register(named, built, lazy.dataset_name(lazy_config))
+            name = categories.register(named, built, next(iter(lazy.dataset_names(lazy_config)), None))
             OmegaConf.update(lazy_config, "dataloader.test.dataset.names", name, force_add=True)
         unused = _put_in(found, built)
         return Built(built.eval().cpu(), lazy_config, unused)
@@ -169,7 +169,9 @@ def _yacs_config(path: Path, overrides: Sequence[str]) -> CfgNode:
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
     except InvalidModelError as exc:
-        raise InvalidArgumentError(f"{exc}; give the plain config.yaml that training wrote", value=str(path)) from exc
+        raise InvalidArgumentError(
+            f"{exc}; give the plain config.yaml that training wrote, or a LazyConfig's .py file", value=str(path)
+        ) from exc
     except DetectronError:
         raise
     except Exception as exc:  # a file may be wrong in as many ways as YAML and Detectron2 have lines

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
+from bentoml_detectron.errors import NO_DETECTRON2, DetectronMissingError
+
 _UTILITIES = "torch._dynamo.utils"
 
 
@@ -23,12 +25,19 @@ def for_less() -> Iterator[None]:
     PyTorch's compiler is not imported with torchvision, of which Detectron2 needs operators, but when something is first asked
     of it. torchvision imports it for one function, which says whether the compiler is there, and which it calls where its
     operators are missing or, on GPUs, where deterministic ones are asked for. What is already imported stays as it is.
+
+    Raises:
+        DetectronMissingError: (``bentoml.exceptions.MissingDependencyException``) PyTorch or Detectron2 is not installed.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         _import_torchvision()
         yield
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] not in ("torch", "torchvision", "detectron2"):
+            raise
+        raise DetectronMissingError(NO_DETECTRON2) from exc
     finally:
         if was_enabled:
             gc.enable()

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -293,15 +293,19 @@ def build_safely(build: Callable[[], Any], most_bytes: float = math.inf) -> Any:
 def _usual_defaults() -> Iterator[None]:
     """PyTorch's own: Detectron2 builds on the CPU and in float32 unless the caller has changed them."""
     dtype = torch.get_default_dtype()
-    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     if dtype != torch.float32:
         torch.set_default_dtype(torch.float32)
     try:
-        with device:
+        with usual_device():
             yield
     finally:
         if dtype != torch.float32:
             torch.set_default_dtype(dtype)
+
+
+def usual_device() -> AbstractContextManager[object]:
+    """PyTorch's own default device, the CPU, for this thread: what Detectron2 makes elsewhere, it says where."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _complete_metadata(predictor: DefaultPredictor, dataset: Dataset) -> None:

@@ -123,7 +123,7 @@ def optimize(
     # What may be wrong with these is said before PyTorch is imported, which takes seconds.
     with imports.for_less():
         from bentoml_detectron import engines
-        from bentoml_detectron.model import load, module_of
+        from bentoml_detectron.model import load, module_of, usual_device
         from bentoml_detectron.predictor import Predictor
 
     engines.check("int8")
@@ -140,14 +140,16 @@ def optimize(
         for image in track(chosen, "measuring ranges", len(chosen)):
             _found(predictor(view), image)
 
-    calibration = engines.calibrate(module, run)
+    with usual_device():
+        calibration = engines.calibrate(module, run)
     if not calibration:
         raise OptimizationError(
             f"{found.tag} has no convolutions that int8 knows; serve it as it is", value=("no convolutions",)
         )
     names: list[Precision] = ["fp32", "int8"]
     names += ["bf16"] if engines.has_bf16() else []
-    predictors = {each: predictor(engines.accelerated(module, each, calibration)) for each in names}
+    with usual_device():
+        predictors = {each: predictor(engines.accelerated(module, each, calibration)) for each in names}
     compared = _spread(images, MOST_COMPARED)
     seconds, shares = _compared(predictors, track(compared, "comparing", len(compared)), compared[0])
     before, after = ({} if measure is None else _known(measure(predictors[each])) for each in ("fp32", "int8"))

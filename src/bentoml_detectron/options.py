@@ -132,5 +132,6 @@ def _id(given: object, most: int) -> int:
 def _known(name: str, names: list[str]) -> str:
     if not names:
         return "it carries no class names, so give ids"
+    names = list(dict.fromkeys(names))
     near = difflib.get_close_matches(name, names, 3) or names[:10]
     return f"it has {', '.join(near)}{', ...' if len(near) < len(names) else ''}"

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import psutil
 import torch
-from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
+from detectron2.modeling import GeneralizedRCNN, ProposalNetwork, SemanticSegmentor
 from torch import nn
 
 from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.errors import DetectronError, InvalidArgumentError, OutOfMemoryError
 from bentoml_detectron.forward import Output, forward
 from bentoml_detectron.images import ImageLike, Limits
-from bentoml_detectron.model import device_of
+from bentoml_detectron.model import device_of, usual_device
 from bentoml_detectron.options import Options
 from bentoml_detectron.outputs import Names, detections
 from bentoml_detectron.preparation import Batch, Observe, Padding, Preparation, Prepared
@@ -86,10 +86,12 @@ class Predictor(Preparation):
         Raises:
             InvalidArgumentError: (``ValueError``) An argument is out of range.
         """
-        if max_batch_pixels is not None and not (isinstance(max_batch_pixels, int) and max_batch_pixels >= 1):
+        if max_batch_pixels is not None and not (isinstance(max_batch_pixels, (int, np.integer)) and max_batch_pixels >= 1):
             raise InvalidArgumentError(f"max_batch_pixels is {max_batch_pixels!r}; give 1 or more", value=max_batch_pixels)
         if dataset is not None and dataset.stuff_classes and isinstance(model, SemanticSegmentor):
             dataset = dataset.model_copy(update={"thing_classes": None})  # some datasets name things, too: ids are of stuff
+        if dataset is not None and isinstance(model, ProposalNetwork):  # its proposals are of no class
+            dataset = dataset.model_copy(update={"thing_classes": None, "stuff_classes": None})
         super().__init__(image_input, _padding(model), dataset, batch=batch, limits=limits)
         self.model = model
         self.max_batch_pixels = max_batch_pixels
@@ -238,7 +240,15 @@ class Predictor(Preparation):
             half = len(group) // 2
             return [*self.run(group[:half], observe), *self.run(group[half:], observe)]
         between = time.perf_counter()
-        results = [self._result(output, each) for output, each in zip(outputs, group, strict=True)]
+        results = []
+        for each in group:
+            results.append(self._result(outputs.pop(0), each))  # which leaves its memory to the rest
+        for place, each in enumerate(group):
+            if len(group) > 1 and isinstance(results[place], OutOfMemoryError):  # it may have been for the others' sake
+                logger.warning("out of memory with the results of %d images; going on with one alone", len(group))
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                (results[place],) = self.run([each])
         observe("forward", between - start)
         observe("postprocess", time.perf_counter() - between)
         return results
@@ -251,7 +261,7 @@ class Predictor(Preparation):
                 "load_model gives",
                 value="GeneralizedRCNN",
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), usual_device():
             inputs = [
                 {"image": on_device(each.pixels, device), "height": each.size[0], "width": each.size[1]} for each in group
             ]
@@ -260,7 +270,7 @@ class Predictor(Preparation):
     def _result(self, output: Output, prepared: Prepared) -> Any:
         divisor = getattr(getattr(self.model, "meta", None), "label_divisor", 1000)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), usual_device():
                 return detections(output, prepared.size, prepared.options, self._names, divisor)
         except DetectronError as exc:  # such as boxes that are no numbers; the others are not lost for it
             return exc
@@ -284,8 +294,8 @@ def on_device(pixels: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda":
         return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
-    pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)  # PyTorch keeps it until the copy is done
-    pinned.numpy()[:] = pixels
+    pinned = torch.empty(pixels.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
+    pinned.numpy()[:] = pixels  # PyTorch keeps it until the copy is done
     return pinned.to(device, non_blocking=True).permute(2, 0, 1).float()
 
 
@@ -301,7 +311,8 @@ def _too_large(prepared: Prepared) -> OutOfMemoryError:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a device; of the CPU also within the control group that this process runs in."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for what comes next
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:

@@ -150,6 +150,13 @@ class Preparation:
                 )
             # What Detectron2's ResizeTransform does with an array, which it makes a picture for it.
             picture = picture.resize(shape[::-1], Image.Resampling.BILINEAR)
+        if 0 < self.padding.square < max(picture.size):  # Detectron2 would cut one, and fail with two
+            raise ImageError(
+                f"{width}x{height} is {picture.width}x{picture.height} at the model's size, and the model takes "
+                f"{self.padding.square} pixels a side at most; save it with a config that resizes to these",
+                index=index,
+                value=(height, width),
+            )
         pixels = pictures.pixels(picture, swapped=order != self.input.format)
         prepared = Prepared(index, pixels, (height, width), self._padded(*pixels.shape[:2]), wanted)
         observe("preprocess", time.perf_counter() - between)
@@ -168,7 +175,7 @@ class Preparation:
 
     def _padded(self, *shape: int) -> tuple[int, int]:
         """The shape that an image of this one has in the model, as far as grouping goes."""
-        if self.padding.square > 0:  # ViTDet; an image that is larger is an error of the model's
+        if self.padding.square > 0:  # ViTDet
             return self.padding.square, self.padding.square
         stride = self.padding.stride if self.padding.stride > 1 else _LEAST_STRIDE
         height, width = (-(-length // stride) * stride for length in shape)

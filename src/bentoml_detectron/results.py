@@ -217,6 +217,7 @@ class Detections:
         if self.keypoints is not None:
             shifted = self.keypoints - np.array([0.5, 0.5, 0], np.float32)
             columns["keypoints"] = shifted.reshape(len(self), 3 * shifted.shape[1]).tolist()  # -1 is no number for none
+        image_id = image_id if isinstance(image_id, str) else int(image_id)  # NumPy's are none of JSON's
         return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
     def to_supervision(self) -> supervision.Detections:

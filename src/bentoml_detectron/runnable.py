@@ -11,7 +11,7 @@ from bentoml._internal.models.model import ModelSignature
 from bentoml._internal.models.model import PartialKwargsModelOptions as ModelOptions
 
 from bentoml_detectron.errors import InvalidArgumentError
-from bentoml_detectron.store import IS_PREDICTOR, load_model
+from bentoml_detectron.store import IS_PREDICTOR, check_framework, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,10 @@ def get_runnable(bento_model: bentoml.Model) -> type[bentoml.legacy.Runnable]:
     Args:
         bento_model: A model saved with ``bentoml.detectron``.
 
+    Raises:
+        ModelNotFoundError: (``bentoml.exceptions.NotFound``) Another framework saved it.
+        InvalidArgumentError: (``ValueError``) It is no model.
+
     Returns:
         The class; instances load the model, and raise what `load_model` raises. A batchable method that is called with anything
         but one argument raises `InvalidArgumentError`.
@@ -41,6 +45,10 @@ def get_runnable(bento_model: bentoml.Model) -> type[bentoml.legacy.Runnable]:
     # Registers how BentoML batches tensors and sends them between processes.
     import bentoml._internal.frameworks.common.pytorch
 
+    if not isinstance(bento_model, bentoml.Model):
+        raise InvalidArgumentError(f"{bento_model!r} is no bentoml.Model; give what bentoml.detectron.get gives",
+                                   value=bento_model)  # fmt: skip
+    check_framework(bento_model)
     options = bento_model.info.options
     partial_kwargs = options.partial_kwargs if isinstance(options, ModelOptions) else {}
     is_predictor = bool(bento_model.info.metadata.get(IS_PREDICTOR, True))

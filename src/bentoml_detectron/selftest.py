@@ -24,11 +24,11 @@ from torch import nn
 
 from bentoml_detectron import masks as rle_masks
 from bentoml_detectron.artifact.manifest import Dataset, Input, SelfTest, Tensor
-from bentoml_detectron.forward import view
 from bentoml_detectron.model import device_of, own_random_numbers
 from bentoml_detectron.options import Options
 from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.results import Detections
+from bentoml_detectron.views import view
 
 # Small enough for saving to stay within 1.3 times the memory of a Mask R-CNN R50-FPN; see benchmarks/bench_save.py.
 IMAGE_SIZE = (128, 160)
@@ -40,6 +40,8 @@ _EXACT = 1e-6
 """Relative difference of buffers, which come from the config without much arithmetic."""
 _MOST_SETTINGS, _MOST_TENSORS = 10_000, 1000  # as in the manifest
 _NOT_SETTINGS = re.compile(r"training$|vis_period$|.*device")
+_WRITTEN = "written by each run"
+"""In the place of a setting that is none: what a module keeps of its last image, as Swin's blocks its height and width."""
 
 Change = Callable[[str, Any], Any]
 """Is given a part's path and what it puts out; gives what goes on in its place."""
@@ -109,10 +111,15 @@ def run(model: nn.Module, image_input: Input, dataset: Dataset | None, change: C
     Raises:
         Exception: Whatever the model raises, if an image alone is not what it takes.
     """
+    return _run(model, _for_the_test(model, change), image_input, dataset)
+
+
+def _for_the_test(model: nn.Module, change: Change) -> nn.Module:
+    """A view of a model that `run` runs, each of its modules another: what they keep of a run is kept in the view."""
     parts = {id(part): path for path, part in model.named_modules() if path and ("." not in path or path.endswith(".rpn_head"))}
 
     def for_the_test(module: nn.Module) -> dict[str, Any]:
-        changes: dict[str, Any] = {"training": False}  # for every module: what they keep of a run is kept in the view
+        changes: dict[str, Any] = {"training": False}
         most = getattr(module, "post_nms_topk", None)
         if isinstance(most, dict):
             changes["post_nms_topk"] = {key: min(value, PROPOSALS) for key, value in most.items()}
@@ -124,8 +131,12 @@ def run(model: nn.Module, image_input: Input, dataset: Dataset | None, change: C
             changes["_forward_hooks"] = OrderedDict([*module._forward_hooks.items(), (-1, hook)])
         return changes
 
+    return view(model, for_the_test)
+
+
+def _run(model: nn.Module, seen: nn.Module, image_input: Input, dataset: Dataset | None) -> Any:
     unresized = Input(format=image_input.format, min_size_test=0, max_size_test=0)
-    predictor = Predictor(view(model, for_the_test), unresized, dataset, batch="exact")
+    predictor = Predictor(seen, unresized, dataset, batch="exact")
     with _evaluating(model), own_random_numbers(device_of(model)):
         result = predictor.predict([image()], [WANTED])[0]
     if isinstance(result, Exception):
@@ -155,13 +166,17 @@ def record(model: nn.Module, image_input: Input, dataset: Dataset | None) -> Sel
             tensors.setdefault(inner, _summary(tensor, first=0))
         return output
 
-    result = run(model, image_input, dataset, keep)
+    seen = _for_the_test(model, keep)
+    before = settings(seen)
+    result = _run(model, seen, image_input, dataset)
+    after = settings(seen)
+    written = {name: _WRITTEN for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     for path, tensor in _constants(model):
         tensors[f"{_BUFFERS}.{path}"] = _summary(tensor)
     found = isinstance(result, Detections)
     if not found:
         tensors.update({path: _summary(tensor) for path, tensor in _tensors(result, _OUTPUT)})
-    plain = {f"input.{name}": repr(value) for name, value in image_input.model_dump().items()} | settings(model)
+    plain = {f"input.{name}": repr(value) for name, value in image_input.model_dump().items()} | settings(model) | written
     return SelfTest(
         device=str(device_of(model)),
         image_sha256=hashlib.sha256(image().tobytes()).hexdigest(),
@@ -201,8 +216,9 @@ def compare(
         problems.append("the self-test's image is not the one that the model was saved with")
     both = due.settings.keys() & got.settings.keys()
     for name in sorted(both if other_versions else due.settings.keys() | got.settings.keys()):
-        if due.settings.get(name) != got.settings.get(name):
-            problems.append(f"setting {name} is {got.settings.get(name, 'absent')}; it was {due.settings.get(name, 'absent')}")
+        was, now = due.settings.get(name, "absent"), got.settings.get(name, "absent")
+        if was != now and _WRITTEN not in (was, now):
+            problems.append(f"setting {name} is {now}; it was {was}")
     if (due.detections is None) != (got.detections is None):
         return [*problems, "the model's output is of another kind than it was"]
     problems += _compare_tensors(due.tensors, got.tensors, tolerance, other_versions)
@@ -213,15 +229,18 @@ def compare(
     return problems
 
 
-def with_settings_of(due: SelfTest, model: nn.Module) -> SelfTest:
-    """The same without settings that a model does not have.
+def with_settings_of(due: SelfTest, got: SelfTest) -> SelfTest:
+    """A model's, without what is no setting of the other that its config builds.
 
     Args:
-        due: Of another model, from whose config this one was built.
-        model: What training leaves in a module, as `RetinaNet` its loss's normalizer, is no setting: this one has none of it.
+        due: Of the model, which may have been used and trained.
+        got: Of the other, which has nothing of what training leaves in a module, as `RetinaNet` its loss's normalizer.
     """
-    there = settings(model)
-    kept = {name: value for name, value in due.settings.items() if name in there or name.startswith("input.")}
+    kept = {
+        name: _WRITTEN if got.settings.get(name) == _WRITTEN else value
+        for name, value in due.settings.items()
+        if name in got.settings or name.startswith("input.")
+    }
     return due.model_copy(update={"settings": kept})
 
 
@@ -315,7 +334,7 @@ def _compare_detections(due: Detections, got: Detections, again: Callable[[Chang
 
 def _disturbing(seed: int, amount: float) -> Change:
     """Changes every feature by a small random part of itself."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def disturbed(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():

@@ -7,7 +7,7 @@ import copy
 import logging
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -79,7 +79,7 @@ def get(tag_like: str | Tag) -> Model:
         raise
     except Exception as exc:  # a damaged record fails in BentoML in whatever way its bytes lead to
         raise CorruptFileError(f"BentoML cannot read model.yaml of {tag_like}: {exc!r}", file="model.yaml") from exc
-    _check_framework(model)
+    check_framework(model)
     return model
 
 
@@ -177,18 +177,26 @@ def load_both(saved: SavedModel, device_id: str, precision: Precision, **options
     from bentoml_detectron import engines
     from bentoml_detectron.engines import int8
     from bentoml_detectron.fastest import fastest
-    from bentoml_detectron.model import check_device, load, module_of
+    from bentoml_detectron.model import check_device, load, module_of, usual_device
     from bentoml_detectron.predictor import Predictor
 
     calibration = saved.manifest.calibration if saved.manifest is not None else None
     engines.check(precision, check_device(device_id), is_calibrated=calibration is not None)
     module = module_of(load(saved, device_id))
+    others = {str(each.dtype) for each in module.parameters()} - {"torch.float32"}
+    if others and (saved.manifest is None or saved.manifest.self_test is None):  # which would tell that it runs so
+        raise InvalidModelError(
+            f"weights are in {', '.join(sorted(others))}, and a predictor's images in float32; save module.float(), and choose "
+            "less by precision=",
+            value=sorted(others),
+        )
     ranges = None if calibration is None else int8.from_plain(calibration)
-    if precision == "auto":
-        chosen = fastest(module, saved.input, ranges)
-        view, precision = chosen.model, chosen.precision
-    else:
-        view = engines.accelerated(module, precision, ranges)
+    with usual_device():
+        if precision == "auto":
+            chosen = fastest(module, saved.input, ranges)
+            view, precision = chosen.model, chosen.precision
+        else:
+            view = engines.accelerated(module, precision, ranges)
     predictor = Predictor(view, saved.input, saved.dataset, **options)
     predictor.precision = precision
     return module, predictor
@@ -225,10 +233,14 @@ def class_names(bento_model: Model) -> list[str]:
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:
     """Finds a saved model and reads all of it but its weights; arguments and errors as in `load_model`."""
     if isinstance(bento_model, Model):
-        _check_framework(bento_model)
+        check_framework(bento_model)
     else:
         bento_model = get(bento_model)
-    if isinstance(trusted, str) or not all(isinstance(each, str) and each for each in trusted):
+    if (
+        isinstance(trusted, str)
+        or not isinstance(trusted, Iterable)
+        or not all(isinstance(each, str) and each for each in trusted)
+    ):
         raise InvalidArgumentError(f"trusted is {trusted!r}; give a list of modules, as ['my_package']", value=trusted)
     with imports.for_less():
         from bentoml_detectron import model  # noqa: F401 all that loading needs
@@ -291,8 +303,11 @@ def save_model(
         bento_model = bentoml.detectron.save_model("mask_rcnn", predictor)
     """
     tag = check_new(name)
-    from bentoml_detectron.artifact import code, folder
-    from bentoml_detectron.model import check_saveable, take_apart
+    if custom_objects is not None and not isinstance(custom_objects, Mapping):
+        raise InvalidArgumentError(f"custom_objects is a {type(custom_objects).__name__}; give a dict", value=custom_objects)
+    with imports.for_less():
+        from bentoml_detectron.artifact import code, folder
+        from bentoml_detectron.model import check_saveable, take_apart
 
     module, cfg, is_predictor = take_apart(checkpointables, config)
     description = folder.describe(cfg)
@@ -377,9 +392,11 @@ def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) 
     except Exception as exc:  # whatever the model raises that takes more than an image
         logger.warning("no self-test is recorded: the model does not run on an image alone (%s: %s)", type(exc).__name__, exc)
         return None
-    due = selftest.with_settings_of(due, rebuilt)
     try:
-        _, problems = selftest.check(due, rebuilt, description.input, description.dataset)
+        got = selftest.record(rebuilt, description.input, description.dataset)
+        due = selftest.with_settings_of(due, got)
+        again: Callable[[selftest.Change], Any] = lambda change: selftest.run(rebuilt, description.input, None, change)  # noqa: E731
+        problems = selftest.compare(due, got, again=again)
     except Exception as exc:
         raise InvalidModelError(f"what the config builds fails where the module does not: {exc!r}") from exc
     if problems:
@@ -407,6 +424,12 @@ def _record(
     """BentoML's record of a new model; BentoML converts metadata in place, so it gets copies."""
     if tag.version == "latest":
         raise InvalidArgumentError(f"{str(tag)!r}: 'latest' is BentoML's name for the newest version; give another", value=tag)
+    if signatures is not None and not (
+        isinstance(signatures, Mapping) and all(isinstance(each, (Mapping, ModelSignature)) for each in signatures.values())
+    ):
+        raise InvalidArgumentError(
+            f"signatures is {signatures!r:.200}; give a dict, as {{'__call__': {{'batchable': False}}}}", value=signatures
+        )
     try:
         return ModelInfo(
             tag=tag if tag.version else Tag(tag.name, _new_version()),
@@ -452,6 +475,9 @@ class _Store(ModelStore):
     """BentoML's store, where each record is checked before BentoML reads it."""
 
     def _get_item(self, tag: Tag) -> Model:
+        if not tag.version:
+            latest = self._path / tag.latest_path()
+            raise CorruptFileError(f"{latest} is damaged; give a version, or save the model again", file=str(latest))
         _check_record(self._path / tag.path())
         return super()._get_item(tag)
 
@@ -491,7 +517,8 @@ def check_new(name: Tag | str) -> Tag:
     return tag
 
 
-def _check_framework(model: Model) -> None:
+def check_framework(model: Model) -> None:
+    """Sees to it that a model is one of Detectron2's; ModelNotFoundError where another framework saved it."""
     if model.info.module not in MODULES:
         folder = Path(model.path)
         if (folder / manifest.MANIFEST).is_file():  # it is one of ours; then its record is damaged

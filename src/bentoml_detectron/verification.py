@@ -28,12 +28,14 @@ class VerifyReport:
         problems: What is wrong, a line each; empty where the model is what was saved and finds what it found then.
         notes: What differs and may be right: the device, versions, or that there is no self-test to compare with.
         identical: Whether the self-test's results are the recorded ones to the last bit; None where none were compared.
+        has_digests: Whether the model has digests of what was saved; those that BentoML's own adapter saved have none.
     """
 
     tag: str
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     identical: bool | None
+    has_digests: bool = True
 
     @property
     def ok(self) -> bool:
@@ -70,6 +72,7 @@ def verify(
     problems: list[str] = []
     notes: list[str] = []
     identical: bool | None = None
+    has_digests = True
     try:
         model = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
     except InvalidModelError as exc:
@@ -84,12 +87,13 @@ def verify(
             problems += _file_problems(Path(model.path))
         saved = store.open_model(model, trust_remote_code=trust_remote_code, trusted=trusted)
         notes += _notes(saved)
+        has_digests = saved.manifest is not None
         identical = _self_test(saved, device_id, problems, notes)
     except UnknownDeviceError:
         raise
     except DetectronError as exc:
         problems.append(_line(exc))
-    return VerifyReport(str(model.tag), tuple(dict.fromkeys(problems)), tuple(notes), identical)
+    return VerifyReport(str(model.tag), tuple(dict.fromkeys(problems)), tuple(notes), identical, has_digests)
 
 
 def _line(exc: Exception) -> str:

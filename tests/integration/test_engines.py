@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import bentoml
@@ -742,3 +745,72 @@ def test_parts_of_a_users_own_find_what_they_find_in_detectron2(change, precisio
         if precision == "fp32":
             assert len(found) == len(due)
             torch.testing.assert_close(found.pred_boxes.tensor, due.pred_boxes.tensor, atol=1e-2, rtol=1e-3)
+
+
+class Sized(FPN):
+    """Keeps its image's width between two steps, as Swin's blocks do; `between` is where threads may come in between."""
+
+    between = staticmethod(lambda: None)
+
+    def forward(self, x):
+        self.width = x.shape[-1]
+        self.between()
+        return {name: each * self.width for name, each in super().forward(x).items()}
+
+
+@every_precision
+def test_what_a_part_writes_is_its_call_s_own(precision, monkeypatch):
+    model = built(tiny_cfg())
+    model.backbone.__class__ = Sized
+    fast = faster(model, precision)
+    given = [torch.rand(1, 3, 64, 96), torch.rand(1, 3, 64, 160)]
+    with torch.inference_mode():
+        due = [{name: as_numbers(each) for name, each in fast.backbone(each).items()} for each in given]
+    both = threading.Barrier(2)
+    monkeypatch.setattr(Sized, "between", staticmethod(lambda: both.wait(timeout=30)))
+
+    def found(image):
+        with torch.inference_mode():
+            return {name: as_numbers(each) for name, each in fast.backbone(image).items()}
+
+    with ThreadPoolExecutor(2) as pool:
+        assert_same(list(pool.map(found, given)), due)
+    assert not hasattr(fast.backbone, "width")
+
+
+def as_numbers(features):
+    return features.float() if torch.is_tensor(features) else engines._numbers(features)
+
+
+def _checkpointed(forward, own, offload, x):
+    return forward(own(), x)
+
+
+def test_wrapped_forward_computes_with_the_copy_s_own_weights():
+    """FairScale's checkpoint_wrapper binds a module's forward to the module weakly, which copies as it is."""
+    model = built(tiny_cfg())
+    for block in model.backbone.bottom_up.res3:
+        block.forward = functools.partial(_checkpointed, type(block).forward, weakref.ref(block), False)
+    given = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        due = {name: each.clone() for name, each in model.backbone(given).items()}
+    fast = engines.accelerated(model, "fp32")
+    assert isinstance(fast.backbone, parts._Replaced)
+    del model, block
+    gc.collect()
+    with torch.inference_mode():
+        for name, each in fast.backbone(given).items():
+            torch.testing.assert_close(each, due[name], rtol=1e-4, atol=1e-5)
+
+
+def test_part_with_a_forward_bound_to_its_own_modules_stays(caplog):
+    model = built(tiny_cfg())
+    block = model.backbone.bottom_up.res3[0]
+    block.forward = lambda x, own=block: type(own).forward(own, x)
+    fast = engines.accelerated(model, "fp32")
+    assert "backbone does not run in fp32; it stays as it is" in caplog.text
+    nn.init.zeros_(block.conv1.weight)  # it is the same still
+    given = torch.rand(1, 3, 64, 96)
+    with torch.inference_mode():
+        for name, each in fast.backbone(given).items():
+            assert torch.equal(each, model.backbone(given)[name])

@@ -25,6 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
 
+import bentoml_detectron
 from bentoml_detectron import demo, engines, errors, forward, outputs, selftest
 from bentoml_detectron.artifact import config
 from bentoml_detectron.artifact.manifest import Dataset, Input
@@ -33,7 +34,7 @@ from bentoml_detectron.masks import decode, from_roi_masks
 from bentoml_detectron.options import Options, options
 from bentoml_detectron.predictor import MOST_PIXELS_ON_CPU, Predictor, free_memory
 from bentoml_detectron.results import Detections
-from support import built, checkpoint, picture, tiny_cfg
+from support import built, checkpoint, picture, small_cfg, tiny_cfg
 from zoo import PROJECTS, ZOO, zoo_config
 
 WITH_OWN_PROPOSALS = {name: zoo for name, zoo in ZOO.items() if name != "Fast R-CNN, FPN"}
@@ -279,6 +280,23 @@ class TestOutOfMemory:
         assert all(isinstance(each, errors.OutOfMemoryError) for each in found)
         with pytest.raises(errors.OutOfMemoryError, match="image 0: 80x64 takes more memory than there is"):
             predictor([picture(64, 80)])
+
+    def test_results_that_take_too_much_beside_others_are_made_alone(self, monkeypatch):
+        """Masks of many images at once may be what takes the memory."""
+        seen = []
+
+        def greedy(output, size, *rest):
+            seen.append(size)
+            if size == (64, 96) and seen.count(size) == 1:
+                torch.empty(1 << 50)
+            return outputs.detections(output, size, *rest)
+
+        images = [picture(64, 80), picture(64, 96), picture(64, 90)]
+        due = of(tiny_cfg())(images)
+        monkeypatch.setattr("bentoml_detectron.predictor.detections", greedy)
+        found = of(tiny_cfg())(images)
+        assert (seen.count((64, 96)), [each.image_size for each in found]) == (2, [each.image_size for each in due])
+        assert len(found[1]) == len(due[1])
 
     def test_other_failures_of_the_model_are_raised_as_they_are(self):
         module = built(tiny_cfg())
@@ -847,3 +865,47 @@ class TestGpu:
         finally:
             handle.remove()
             demo_predictor.model.cpu()
+
+
+def test_another_default_device_changes_nothing():
+    """As torch.set_default_device("cuda") would for a model on the CPU; what is made on "meta" has no numbers."""
+    cfg = tiny_cfg()
+    module = built(cfg)
+    saved = bentoml.detectron.save_model("default-device", module, cfg)
+    due = bentoml.detectron.load_predictor(saved)([picture()])[0]
+    torch.set_default_device("meta")
+    try:
+        assert bentoml_detectron.verify(saved).ok
+        bentoml.detectron.save_model("default-device", module, cfg)
+        found = bentoml.detectron.load_predictor(saved)([picture()])[0]
+        auto = bentoml.detectron.load_predictor(saved, precision="auto")([picture()])[0]
+    finally:
+        torch.set_default_device(None)
+    assert found == due
+    assert len(auto) == len(due)
+
+
+def test_image_larger_than_the_square_that_a_model_pads_to_is_refused():
+    """Detectron2 would cut it without a word, and fail with two of them."""
+    module = built(tiny_cfg())
+    module.backbone.padding_constraints = {"square_size": 96}
+    predictor = of(tiny_cfg(), module)
+    predictor.prepare(picture(48, 72), predictor.options())
+    predictor.input = Input(format="BGR", min_size_test=128, max_size_test=128)
+    with pytest.raises(errors.ImageError, match="80x64 is 128x102 at the model's size, and the model takes 96 pixels a side"):
+        predictor.prepare(picture(64, 80), predictor.options())
+
+
+@pytest.mark.parametrize("classes", [[0], [1]])
+def test_proposals_are_of_class_0_and_of_no_name(classes):
+    MetadataCatalog.get("named_proposals").set(thing_classes=["cat", "dog"])
+    cfg = small_cfg()
+    cfg.DATASETS.TEST = ("named_proposals",)
+    predictor = of(cfg)
+    assert (len(predictor([picture()], classes=classes)[0]) > 0) == (classes == [0])
+    with pytest.raises(errors.InvalidArgumentError, match="carries no class names"):
+        predictor([picture()], classes=["cat"])
+
+
+def test_budget_may_be_numpys_number():
+    assert of(tiny_cfg(), max_batch_pixels=np.int64(5000)).budget() == 5000

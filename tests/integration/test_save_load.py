@@ -14,9 +14,12 @@ from bentoml import Tag
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from fvcore.transforms.transform import NoOpTransform
 
-from bentoml_detectron import errors
+from bentoml_detectron import errors, verify
 from support import BLOCK_NETWORK, assert_same, built, checkpoint, picture, run_python, tensors, tiny_cfg, tree
 
 IN_ANOTHER_PROCESS = (
@@ -605,3 +608,90 @@ def test_a_tag_that_is_given_stays_as_it_is(demo_predictor):
         assert bentoml.detectron.get(given).tag == first.tag
         second = bentoml.detectron.save_model("asked", demo_predictor)
         assert bentoml.detectron.get(given).tag == second.tag
+
+
+class Remembering(FPN):
+    """Keeps its last image's size, and counts its images, as Swin's blocks and users' modules do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.height, self.width, self.images = None, None, 0
+
+    def forward(self, x):
+        self.height, self.width = x.shape[-2:]
+        self.images += 1
+        return super().forward(x)
+
+
+@BACKBONE_REGISTRY.register()
+def build_remembering_backbone(cfg, input_shape):
+    bottom_up = build_resnet_backbone(cfg, input_shape)
+    return Remembering(bottom_up, cfg.MODEL.FPN.IN_FEATURES, 16, top_block=LastLevelMaxPool())
+
+
+def test_what_a_run_leaves_in_a_module_is_no_setting(store):
+    cfg = tiny_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_remembering_backbone"
+    module = built(cfg)
+    fresh = bentoml.detectron.save_model("remembering:fresh", module, cfg)
+    module([{"image": torch.zeros(3, 96, 64)}])
+    used = bentoml.detectron.save_model("remembering:used", module, cfg)
+    assert (module.backbone.height, module.backbone.images) == (96, 1)
+    for saved in (fresh, used):
+        assert verify(saved).ok
+        loaded = bentoml.detectron.load_model(saved)
+        loaded([{"image": torch.zeros(3, 96, 64)}])
+        bentoml.detectron.save_model("remembering", loaded, cfg)
+    module.backbone.top_block.in_feature = "p4"
+    with pytest.raises(errors.InvalidModelError, match="in_feature"):  # which is one
+        bentoml.detectron.save_model("remembering", module, cfg)
+
+
+def test_model_in_16_bits_that_cannot_run_is_no_predictor():
+    cfg = tiny_cfg()
+    saved = bentoml.detectron.save_model("half", built(cfg).half(), cfg)
+    with pytest.raises(errors.InvalidModelError, match=r"weights are in torch.float16.*module.float\(\)"):
+        bentoml.detectron.load_predictor(saved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"signatures": ["__call__"]}, "signatures"),
+        ({"signatures": {"__call__": True}}, "signatures"),
+        ({"custom_objects": ["a"]}, "custom_objects is a list"),
+    ],
+    ids=["signatures", "a signature", "custom_objects"],
+)
+def test_arguments_of_other_types_are_refused(arguments, says):
+    cfg = tiny_cfg()
+    with pytest.raises(errors.InvalidArgumentError, match=says):
+        bentoml.detectron.save_model("types", built(cfg), cfg, **arguments)
+
+
+@pytest.mark.parametrize("trusted", [None, 7, "a"])
+def test_trusted_that_is_no_list_is_refused(trusted):
+    cfg = tiny_cfg()
+    saved = bentoml.detectron.save_model("trusted", built(cfg), cfg, self_test=False)
+    with pytest.raises(errors.InvalidArgumentError, match="give a list of modules"):
+        bentoml.detectron.load_model(saved, trusted=trusted)
+
+
+def test_empty_latest_is_named(store):
+    cfg = tiny_cfg()
+    saved = bentoml.detectron.save_model("emptied:1", built(cfg), cfg, self_test=False)
+    latest = Path(saved.path).parent / "latest"
+    latest.write_text("")
+    with pytest.raises(errors.CorruptFileError, match="latest is damaged; give a version"):
+        bentoml.detectron.get("emptied")
+    assert bentoml.detectron.get("emptied:1").tag == saved.tag
+    bentoml.detectron.save_model("emptied:2", built(cfg), cfg, self_test=False)
+    assert bentoml.detectron.get("emptied:latest").tag.version == "2"
+
+
+def test_model_that_would_have_no_class_names_is_told():
+    """Detectron2 knows a dataset's names when it has loaded it."""
+    cfg = tiny_cfg()
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("nameless_a",), ("nameless_b",)
+    with pytest.warns(UserWarning, match=r"no class names.*nameless_a, nameless_b.*MetadataCatalog"):
+        bentoml.detectron.save_model("nameless", built(cfg), cfg, self_test=False)

@@ -136,5 +136,30 @@ def test_dataset_that_this_process_knows_is_kept():
     assert config.dataset_of(get_cfg()) is None
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("of_test_config",), ()  # as Detectron2's tutorial has it
     assert config.dataset_of(cfg).name == "of_test_config"
-    cfg.DATASETS.TEST = ("nobody_registered_this",)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("nobody_registered_this",)
     assert config.dataset_of(cfg).model_dump(exclude_none=True) == {"name": "nobody_registered_this"}
+
+
+def of_datasets(test, train):
+    cfg = get_cfg()
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = test, train
+    return config.dataset_of(cfg)
+
+
+def test_class_names_are_those_of_the_first_dataset_that_has_some():
+    """Of several to test on, and where only the training's was loaded."""
+    MetadataCatalog.get("first_known_named").set(thing_classes=["cat"])
+    assert of_datasets(("first_known_a", "first_known_named"), ("coco_2017_train",)).name == "first_known_named"
+    assert of_datasets(("first_known_a",), ("first_known_named",)).thing_classes == ["cat"]
+
+
+def test_dataset_without_names_here_is_the_first():
+    dataset = of_datasets(("first_known_a",), ("first_known_b",))
+    assert (dataset.name, dataset.thing_classes) == ("first_known_a", None)
+    assert of_datasets((), ()) is None
+
+
+def test_category_ids_of_lvis_are_from_1():
+    """As Detectron2 reads and evaluates it, without a mapping."""
+    dataset = of_datasets(("lvis_v1_val",), ())
+    assert [dataset.thing_dataset_id_to_contiguous_id[each] for each in (1, 1203)] == [0, 1202]

@@ -140,17 +140,22 @@ def test_code_inside_a_config_file_cannot_be_saved():
         lazy.to_plain(LazyConfig.load(str(CONFIGS / "Misc/torchvision_imagenet_R_50.py")))
 
 
+SETTINGS = OmegaConf.create({"names": "lvis_v1_train"})
+
+
 @pytest.mark.parametrize(
     ("function", "prefix", "keywords"),
     [
         (lambda c: nn.BatchNorm2d(c, eps=1e-3), (), {"eps": 1e-3}),
         (lambda c: nn.GroupNorm(32, c), (32,), {}),
         (lambda a, b: Keeper(None, a, b, mode="N"), (None,), {"mode": "N"}),
+        (lambda: Keeper(), (), {}),
+        (lambda: Keeper(SETTINGS.names, 0.5), ("lvis_v1_train", 0.5), {}),
     ],
-    ids=["keyword", "first argument", "two arguments"],
+    ids=["keyword", "first argument", "two arguments", "no argument", "what a global holds"],
 )
 def test_lambda_that_only_passes_its_arguments_on_is_kept_as_a_partial(function, prefix, keywords):
-    """As the zoo's new baselines have one for their norm."""
+    """As the zoo's new baselines have one for their norm, and its LVIS models one for the weights of their classes."""
     back = kept(value=function)["value"]
     assert (back.args, back.keywords) == (prefix, keywords)
     assert back.func.__name__ in ("BatchNorm2d", "GroupNorm", "Keeper")
@@ -177,7 +182,7 @@ def defaulted(c=3):
         lambda c: Keeper(c, like=c),
         lambda c: (Keeper(c), 3)[1],
         lambda c, d=1: Keeper(c, d),
-        lambda: Keeper(),
+        lambda: Keeper(SETTINGS),
         lambda c: Keeper(c, [1]),
         lambda c: [Keeper(c) for _ in range(2)],
         lambda c: defaulted,
@@ -593,12 +598,21 @@ def test_input_of_a_config_with_its_own_preparation():
     cfg.dataloader.test.mapper.augmentations[0].short_edge_length = (1024,)
     cfg.dataloader.test.mapper.augmentations[0].max_size = 1024
     assert lazy.input_of(cfg) == Input(format="RGB", min_size_test=1024, max_size_test=1024)
-    assert lazy.dataset_name(cfg) == "coco_2017_val"
+    assert lazy.dataset_names(cfg) == ["coco_2017_val", "coco_2017_train"]
 
 
 def test_input_of_a_model_alone():
     assert lazy.input_of(L(Keeper)(input_format="RGB")) == Input(format="RGB", min_size_test=800, max_size_test=1333)
     assert lazy.input_of(L(Keeper)()) == Input(format="BGR", min_size_test=800, max_size_test=1333)
+
+
+def test_square_that_a_model_pads_to_is_its_size_where_nothing_else_is_said():
+    """ViTDet's: what is larger than that would be cut."""
+    model = L(Keeper)(backbone=L(Keeper)(square_pad=1024))
+    assert lazy.input_of(model) == Input(format="BGR", min_size_test=1024, max_size_test=1024)
+    cfg = zoo("COCO-Detection/retinanet_R_50_FPN_1x.py")
+    cfg.model.backbone.square_pad = 1024
+    assert lazy.input_of(cfg).max_size_test == 1333
 
 
 @pytest.mark.parametrize("change", ["another step", "two lengths", "none at all"])
@@ -618,9 +632,27 @@ def test_preparation_that_is_not_understood_is_told(change):
 
 
 @pytest.mark.parametrize(
-    ("names", "name"), [("a", "a"), (["b", "c"], "b"), (("d",), "d"), ([], None), (None, None), ("???", None)]
+    ("names", "found"), [("a", ["a"]), (["b", "c"], ["b", "c"]), (("d",), ["d"]), ([], []), (None, []), ("???", [])]
 )
-def test_data_set_is_the_first_that_the_config_tests_on(names, name):
-    cfg = OmegaConf.create({"model": {"_target_": "a.b"}, "dataloader": {"test": {"dataset": {"names": names}}}})
-    assert lazy.dataset_name(cfg) == name
-    assert lazy.dataset_name(cfg.model) is None
+def test_datasets_are_those_that_the_config_tests_on_before_those_it_trains_on(names, found):
+    datasets = {"test": {"dataset": {"names": names}}, "train": {"dataset": {"names": "t"}}}
+    cfg = OmegaConf.create({"model": {"_target_": "a.b"}, "dataloader": datasets})
+    assert lazy.dataset_names(cfg) == [*found, "t"]
+    assert lazy.dataset_names(cfg.model) == []
+
+
+def test_function_of_lvis_models_may_be_named_by_any_model(monkeypatch):
+    """Of Detectron2's main branch; it asks MetadataCatalog for the classes' counts, and reads no file."""
+    from detectron2.data import detection_utils
+
+    def get_fed_loss_cls_weights(dataset_names, power):
+        return dataset_names, power
+
+    get_fed_loss_cls_weights.__module__ = detection_utils.__name__
+    get_fed_loss_cls_weights.__qualname__ = get_fed_loss_cls_weights.__name__
+    monkeypatch.setattr(detection_utils, "get_fed_loss_cls_weights", get_fed_loss_cls_weights, raising=False)
+    name = "detectron2.data.detection_utils.get_fed_loss_cls_weights"
+    call = {"_target_": name, "_args_": ["a", 0.5], "_partial_": True}
+    assert lazy_build.build(call)() == ("a", 0.5)
+    with pytest.raises(errors.UntrustedCodeError):
+        lazy_build.build({**call, "_target_": "detectron2.data.detection_utils.read_image"})

@@ -224,7 +224,7 @@ def test_part_whose_header_would_take_long_is_400(more):
         ({"score_threshold": "Infinity"}, "score_threshold is 'Infinity'"),
         ({"top_k": "1e400"}, "top_k is '1e400'"),
         ({"top_k": "9" * 6000}, "top_k is '999"),
-        ({"top_k": "301"}, "top_k is 301; a service takes 300 at most"),
+        ({"top_k": "301"}, "top_k is 301; a service takes 1 to 300"),
         ({"masks": "png"}, "masks is 'png'; it is one of rle, polygon, none"),
         ({"masks": '"\\ud800"'}, "masks is '\\ud800'"),
         ({"classes": "[1.5]"}, "classes is '[1.5]'; give names and ids"),

@@ -157,14 +157,27 @@ def input_of(cfg: CfgNode) -> Input:
 
 
 def dataset_of(cfg: CfgNode) -> Dataset | None:
-    """What this process knows of the dataset that the config tests on, or else trains on; None where it names none."""
-    names = cfg.DATASETS.TEST or cfg.DATASETS.TRAIN
-    return known_dataset(names[0]) if names else None
+    """What this process knows of the datasets that the config tests and trains on; None where it names none."""
+    return first_known(dataset_names(cfg))
+
+
+def dataset_names(cfg: CfgNode) -> list[str]:
+    """The datasets that the config tests on, and then those that it trains on."""
+    return [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+
+
+def first_known(names: Sequence[str]) -> Dataset | None:
+    """What this process knows of the first of some datasets that has class names here, or of the first; None of none."""
+    found = [known_dataset(name) for name in names]
+    return next((each for each in found if each.thing_classes or each.stuff_classes), found[0] if found else None)
 
 
 def known_dataset(name: str) -> Dataset:
     """What this process knows of a dataset."""
     known = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog.list() else {}
+    if known.get("evaluator_type") == "lvis":  # whose ids are from 1, as Detectron2's reader of LVIS has it
+        ids = {1 + number: number for number in range(len(known.get("thing_classes") or ()))}
+        known = {"thing_dataset_id_to_contiguous_id": ids, **known}
     fields: dict[str, Any] = {}
     for key in Dataset.model_fields:
         value = known.get(key)

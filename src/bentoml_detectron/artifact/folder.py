@@ -90,11 +90,23 @@ def describe(cfg: CfgNode | Mapping[str, Any]) -> Description:
     """
     if isinstance(cfg, CfgNode):
         plain, tuples = config.to_plain(cfg)
-        return Description("yacs", plain, tuples, config.input_of(cfg), config.dataset_of(cfg), config.entries_of(cfg))
+        names = config.dataset_names(cfg)
+        return Description("yacs", plain, tuples, config.input_of(cfg), _dataset(names), config.entries_of(cfg))
     plain, tuples = lazy.to_plain(cfg)
-    name = lazy.dataset_name(cfg)
-    dataset = None if name is None else config.known_dataset(name)
-    return Description("lazy", plain, tuples, lazy.input_of(cfg), dataset, [])
+    return Description("lazy", plain, tuples, lazy.input_of(cfg), _dataset(lazy.dataset_names(cfg)), [])
+
+
+def _dataset(names: Sequence[str]) -> Dataset | None:
+    """What is kept of a model's dataset; that its class names are known here is a matter of having loaded it."""
+    dataset = config.first_known(names)
+    if dataset is not None and not (dataset.thing_classes or dataset.stuff_classes):
+        warnings.warn(
+            f"results will have no class names: none are known here for {', '.join(names)}, which the model's config names. "
+            "Register that dataset, and load it once (DatasetCatalog.get), or set them, as by "
+            f"MetadataCatalog.get({names[0]!r}).set(thing_classes=['cat', 'dog']), before you save",
+            stacklevel=2,
+        )
+    return dataset
 
 
 def write_parts(folder: Path, module: nn.Module, plain: config.Plain) -> None:

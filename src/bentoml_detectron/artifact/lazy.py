@@ -172,13 +172,13 @@ def _as_partial(function: types.FunctionType) -> functools.partial[Any] | None:
     """The partial that a lambda is another spelling of, as ``lambda c: NaiveSyncBatchNorm(c, stats_mode="N")`` of the zoo.
 
     The lambda is run on stand-ins, with its globals replaced by such: it is a partial if all it does is to call one global,
-    with its own arguments last among the positional ones, in their order, and constants.
+    with its own arguments last among the positional ones, in their order, and before them constants, or what globals hold.
     """
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     takes_more = (
         function.__code__.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) or function.__code__.co_kwonlyargcount
     )
-    if function.__closure__ or function.__defaults__ or takes_more or not names:
+    if function.__closure__ or function.__defaults__ or takes_more:
         return None
     calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], object]] = []
 
@@ -190,7 +190,7 @@ def _as_partial(function: types.FunctionType) -> functools.partial[Any] | None:
             return StandIn(getattr(self._real, name))
 
         def __call__(self, *args: Any, **keywords: Any) -> StandIn:
-            result = StandIn(None)
+            result = StandIn(object())  # which is no constant
             calls.append((self._real, args, keywords, result))
             return result
 
@@ -203,7 +203,7 @@ def _as_partial(function: types.FunctionType) -> functools.partial[Any] | None:
         __hash__ = None  # type: ignore[assignment]
 
     known = {name: StandIn(function.__globals__[name]) for name in function.__code__.co_names if name in function.__globals__}
-    given = [StandIn(None) for _ in names]
+    given = [StandIn(object()) for _ in names]
     try:
         returned = types.FunctionType(function.__code__, {"__builtins__": {}, **known})(*given)
     except Exception:  # it does something else
@@ -211,20 +211,25 @@ def _as_partial(function: types.FunctionType) -> functools.partial[Any] | None:
     if len(calls) != 1 or returned is not calls[0][-1]:
         return None
     target, args, keywords, _ = calls[0]
-    prefix = args[: len(args) - len(given)]
-    constants = [*prefix, *keywords.values()]
-    plain = all(each is None or type(each) in (bool, int, float, str) for each in constants)
-    last = args[len(prefix) :]
-    if len(last) != len(given) or any(one is not other for one, other in zip(last, given, strict=True)) or not plain:
+    before, last = args[: len(args) - len(given)], args[len(args) - len(given) :]
+    if len(last) != len(given) or any(one is not other for one, other in zip(last, given, strict=True)):
+        return None
+    prefix = [each._real if isinstance(each, StandIn) else each for each in before]
+    keywords = {key: each._real if isinstance(each, StandIn) else each for key, each in keywords.items()}
+    if not all(each is None or type(each) in (bool, int, float, str) for each in (*prefix, *keywords.values())):
         return None
     return functools.partial(target, *prefix, **keywords)
 
 
 def input_of(config: object) -> Input:
-    """How a whole LazyConfig prepares an image for testing; where it does not say, Detectron2's own defaults."""
+    """How a whole LazyConfig prepares an image for testing; where it does not say, Detectron2's own defaults.
+
+    Those of a model that pads to a square are this square's side, as in ViTDet's configs.
+    """
     node, mapper = model_node(config), _at(config, "dataloader", "test", "mapper")
     image_format = _at(mapper, "image_format") or _at(node, "input_format")
-    short, longest = 800, 1333
+    square = _at(node, "backbone", "square_pad")  # ViTDet's: a larger image would be cut
+    short, longest = (square, square) if type(square) is int and square > 0 else (800, 1333)
     if mapper is not None:
         augmentations = _at(mapper, "augmentations")
         steps = list(augmentations) if isinstance(augmentations, (list, tuple, ListConfig)) else []
@@ -252,12 +257,11 @@ def _resize(step: Any) -> tuple[int, int] | None:
     return short, longest
 
 
-def dataset_name(config: object) -> str | None:
-    """The data set that a whole LazyConfig tests on, the first of several; None where it names none."""
-    names = _at(config, "dataloader", "test", "dataset", "names")
-    if isinstance(names, (list, tuple, ListConfig)) and names:
-        names = names[0]
-    return names if isinstance(names, str) else None
+def dataset_names(config: object) -> list[str]:
+    """The datasets that a whole LazyConfig tests on, and then those that it trains on."""
+    given = [_at(config, "dataloader", each, "dataset", "names") for each in ("test", "train")]
+    several = [list(each) if isinstance(each, (list, tuple, ListConfig)) else [each] for each in given]
+    return [name for names in several for name in names if isinstance(name, str)]
 
 
 def _at(value: Any, *keys: str) -> Any:

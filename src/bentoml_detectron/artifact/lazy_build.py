@@ -38,9 +38,10 @@ _PACKAGES = tuple(f"detectron2.{each}" for each in ("modeling", "layers", "proje
 # Not these: one builds models of MMDetection by name and loads what a path or address holds, the other wraps a whole
 # predictor with a data set's mapper. Neither is part of a model that Detectron2 trains.
 _FOREIGN = ("detectron2.modeling.mmdet_wrapper", "detectron2.modeling.test_time_augmentation")
-# What else models need of those packages. All other functions there are not for configs (builders from a CfgNode, losses,
+# What else models need. All other functions of those packages are not for configs (builders from a CfgNode, losses,
 # functions of tensors), and all other classes hold data (boxes, images), read data sets or schedule training.
 _OTHERS = frozenset([
+    "detectron2.data.detection_utils.get_fed_loss_cls_weights",  # of the LVIS models: it asks MetadataCatalog for counts
     "detectron2.layers.batch_norm.FrozenBatchNorm2d.convert_frozen_batchnorm",
     "detectron2.layers.batch_norm.get_norm",
     "detectron2.layers.shape_spec.ShapeSpec",
@@ -141,7 +142,7 @@ def _package_of(name: str, trusted: Sequence[str]) -> str:
     Raises:
         UnsafeFileError: There is none.
     """
-    if name in _TORCH:
+    if name in _TORCH or name in _OTHERS:
         return name
     parts = name.split(".")
     package = _below(name, trusted)

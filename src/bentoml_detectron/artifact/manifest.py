@@ -159,7 +159,8 @@ def read(folder: Path) -> Manifest:
         zeroed = text.replace(_entry(written), _entry(_ZEROS))
         intact = text.count(_entry(written)) == 1 and hashlib.sha256(zeroed).hexdigest() == written
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as exc:
-        raise CorruptFileError(f"{MANIFEST} in {folder} is no manifest: {exc!r}", file=MANIFEST) from exc
+        reason = f"{type(exc).__name__}: {str(exc)[:200]}"  # some hold all of the text
+        raise CorruptFileError(f"{MANIFEST} in {folder} is damaged ({reason}); save the model again", file=MANIFEST) from exc
     if not intact:
         raise CorruptFileError(
             f"{MANIFEST} in {folder} is damaged: its digest is not its own; save the model again", file=MANIFEST

@@ -27,6 +27,8 @@ def command(output: Path, image: int) -> None:
 
     from bentoml_detectron import demo, draw, load_predictor, masks, save_model
 
+    if not output.absolute().parent.is_dir():
+        raise InvalidArgumentError(f"there is no folder {output.parent}; make it, or give another --output", value=str(output))
     if output.suffix.lower() not in Image.registered_extensions():
         raise InvalidArgumentError(f"{output} is no picture's name; give one as found.png as --output", value=str(output))
     saved = save_model("digits-demo", demo.predictor())
@@ -36,7 +38,7 @@ def command(output: Path, image: int) -> None:
     # As large as looks good; the model scales it back to its own size.
     picture = small.resize((small.width * SCALE, small.height * SCALE), Image.Resampling.BICUBIC)
     found = load_predictor(saved)([picture], score_threshold=SCORE_THRESHOLD)[0]
-    click.echo(f"Loaded it back, and found {len(found)} digits in {path.name}:\n")
+    click.echo(f"Loaded it back, and found {len(found)} digits in {path.name}, {SCALE} times enlarged:\n")
     click.echo(f"{'digit':<7}{'score':>6}   {'box (x0, y0, x1, y1)':<28}{'pixels':>7}")
     for name, score, box, mask in zip(found.class_names, found.scores, found.boxes, found.masks or [], strict=True):
         corners = ", ".join(f"{value:.0f}" for value in box)

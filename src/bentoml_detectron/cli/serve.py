@@ -66,7 +66,7 @@ def command(
     found = str(model.tag)  # all workers serve the version that is the latest now, also those that replace others
     host = _free(host, port)
     # These take seconds, and PyTorch warns, which is for no one-line error.
-    if precision != "fp32":
+    if (precision, device) != ("fp32", "cpu"):
         check_precision(model, precision, device)
     from bentoml_detectron.service import Settings
 

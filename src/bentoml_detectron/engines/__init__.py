@@ -240,7 +240,7 @@ def _some_rows(model: nn.Module, part: Part, example: Example, generator: torch.
               for each in tensors(example.arguments)]  # fmt: skip
     arguments = rebuild(example.arguments)(inputs)
     with torch.inference_mode():
-        return Example(arguments, part.of(model)(*arguments))
+        return Example(arguments, part.of(model)(*arguments), example.writes)
 
 
 def _features_go_to(model: nn.Module, examples: Mapping[Part, Example]) -> bool:
@@ -331,7 +331,7 @@ def _error(run: eager.Run, example: Example) -> float:
 def _adapted(model: nn.Module, part: Part, example: Example, run: eager.Run | None, keeps: bool) -> Replacement:
     """A part with the signature that Detectron2 calls; what it gives is float32 but for feature maps that may be less."""
     if run is None:
-        own, into = part.of(model), rebuild(example.arguments)
+        own, into = part.alone(model) if example.writes else part.of(model), rebuild(example.arguments)
         # Contiguous, as Detectron2's are: a part of a user's own may look at what it takes as a row of numbers.
         return lambda *arguments: own(*into([each.float().contiguous() for each in tensors(arguments)]))
     # From here on nothing holds the model's own part: its weights would be in memory twice.

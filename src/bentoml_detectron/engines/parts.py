@@ -21,6 +21,7 @@ from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from torch import nn
 
 from bentoml_detectron.engines.structure import rebuild, tensors
+from bentoml_detectron.views import own_modules
 
 Replacement = Callable[..., Any]
 
@@ -43,7 +44,14 @@ class Part:
 
     def of(self, model: nn.Module) -> Callable[..., Any]:
         """The part of a model, to be called."""
-        module = model.get_submodule(self.place)
+        return self.call_of(model.get_submodule(self.place))
+
+    def alone(self, model: nn.Module) -> Callable[..., Any]:
+        """The same where it writes attributes of its modules: each call has its own modules, as threads share a model."""
+        return lambda *arguments: self.call_of(own_modules(model.get_submodule(self.place)))(*arguments)
+
+    def call_of(self, module: nn.Module) -> Callable[..., Any]:
+        """What computes, of the part's own module."""
         call: Callable[..., Any] = module if self.method == "forward" else getattr(module, self.method)
         return call
 
@@ -132,10 +140,17 @@ class _Replaced(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a part took and gave once: tensors in lists, tuples and dicts."""
+    """What a part took and gave once: tensors in lists, tuples and dicts.
+
+    Attributes:
+        arguments: Which it took.
+        output: What it gave.
+        writes: Whether it wrote attributes of its modules meanwhile, as Swin its blocks' heights and widths.
+    """
 
     arguments: tuple[Any, ...]
     output: Any
+    writes: bool = False
 
 
 def record(model: nn.Module, parts: Sequence[Part], run: Callable[[nn.Module], Any]) -> dict[Part, Example]:
@@ -152,14 +167,15 @@ def record(model: nn.Module, parts: Sequence[Part], run: Callable[[nn.Module], A
     found: dict[Part, Example] = {}
 
     def recorder(part: Part) -> Replacement:
-        call = part.of(model)
-
         def recording(*arguments: Any) -> Any:
             given = _copied(arguments)  # before the call: models change some tensors in place
-            output = call(*arguments)
+            seen = own_modules(model.get_submodule(part.place))
+            before = [dict(vars(each)) for each in seen.modules()]
+            output = part.call_of(seen)(*arguments)
             given_back = _copied(output)
             if given is not None and given_back is not None:
-                found.setdefault(part, Example(given, given_back))
+                writes = any(not _is_same(one, vars(each)) for one, each in zip(before, seen.modules(), strict=True))
+                found.setdefault(part, Example(given, given_back, writes))
             return output
 
         return recording
@@ -167,6 +183,10 @@ def record(model: nn.Module, parts: Sequence[Part], run: Callable[[nn.Module], A
     with torch.inference_mode():
         run(replaced(model, {part: recorder(part) for part in parts}))
     return found
+
+
+def _is_same(attributes: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    return attributes.keys() == others.keys() and all(others[name] is value for name, value in attributes.items())
 
 
 def _copied(nested: Any) -> Any:

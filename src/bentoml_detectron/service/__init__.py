@@ -62,7 +62,7 @@ def get_service(
         The service.
 
     Raises:
-        InvalidArgumentError: (``ValueError``) `bento_model` is no tag, or ``path_prefix`` is no path.
+        InvalidArgumentError: (``ValueError``) `bento_model` is no tag, ``path_prefix`` is no path, or `settings` are none.
 
     Example::
 
@@ -74,6 +74,8 @@ def get_service(
         model = BentoModel(bento_model.tag if isinstance(bento_model, bentoml.Model) else bento_model)
     except (ValueError, TypeError) as exc:
         raise InvalidArgumentError(f"{bento_model!r} is no tag: {exc}", value=bento_model) from exc
+    if not isinstance(settings, Settings | None):
+        raise InvalidArgumentError(f"settings is a {type(settings).__name__}; give Settings(...)", value=settings)
     worker = Worker(_with_token(settings or Settings()))
     service_config.setdefault("name", f"detectron-{model.tag.name}")
     service_config.setdefault("image", container_image())

@@ -223,14 +223,18 @@ def _load(connection: Connection) -> Predictor | None:
     from bentoml_detectron import imports
     from bentoml_detectron.memory import keep_freed_memory, spare_from_collection
 
-    with imports.for_less():
-        import torch
-        from bentoml._internal.context import server_context
-        from bentoml._internal.log import configure_server_logging
+    try:
+        with imports.for_less():
+            import torch
+            from bentoml._internal.context import server_context
+            from bentoml._internal.log import configure_server_logging
 
-        from bentoml_detectron.artifact import folder
-        from bentoml_detectron.service import logs
-        from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
+            from bentoml_detectron.artifact import folder
+            from bentoml_detectron.service import logs
+            from bentoml_detectron.service.loading import load_tested, share_cores, warm_up
+    except DetectronError as exc:  # without Detectron2
+        connection.send(str(exc))
+        return None
 
     keep_freed_memory()  # before there are threads that allocate
     configure_server_logging()  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
 
-from bentoml_detectron.errors import NotReadyError, OverloadedError
+from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError, reason
 from bentoml_detectron.service import gate
 from bentoml_detectron.service.engine import Engine, too_many
 from bentoml_detectron.service.metrics import STAGES, Metrics
@@ -215,7 +215,7 @@ class Front:
             return _error(exc.error_code, str(exc), self._retry_after())
         except BentoMLException as exc:
             self._count_refusal(type(exc).__name__, exc.error_code)
-            return _error(exc.error_code, str(exc))
+            return _error(exc.error_code, reason(exc) if isinstance(exc, DetectronError) else str(exc))
         except (DisconnectedError, asyncio.CancelledError):
             raise
         except Exception:

@@ -240,12 +240,14 @@ def _call(image: bytes, fields: Mapping[str, list[str]]) -> Call:
     if (threshold := _number("score_threshold", fields)) is not None:
         call.options["score_threshold"] = threshold
     if (top_k := _number("top_k", fields)) is not None:
-        if top_k > MAX_TOP_K:
-            raise InvalidArgumentError(f"top_k is {top_k}; a service takes {MAX_TOP_K} at most", value=top_k)
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise InvalidArgumentError(f"top_k is {top_k}; a service takes 1 to {MAX_TOP_K}", value=top_k)
         call.options["top_k"] = int(top_k) if float(top_k).is_integer() else top_k
     if (classes := _classes(fields.get("classes", []))) is not None:
         call.options["classes"] = classes
     masks = _plain(fields.get("masks", ["rle"])[0])
+    if masks in ("", "null"):  # as of the other fields, none
+        masks = "rle"
     if masks not in MASKS:
         raise InvalidArgumentError(f"masks is {masks!r:.100}; it is one of {', '.join(MASKS)}", value=masks)
     call.masks = masks
