@@ -41,8 +41,8 @@ def draw(image: ImageLike, found: Detections, *, labels: bool = True) -> NDArray
     """
     try:
         import supervision as sv
-    except ModuleNotFoundError as exc:
-        raise DependencyMissingError("drawing needs supervision: pip install 'bentoml-detectron[draw]'") from exc
+    except ImportError as exc:
+        raise DependencyMissingError(f"drawing needs supervision ({exc}): pip install 'bentoml-detectron[draw]'") from exc
     if not isinstance(found, Detections):
         raise InvalidArgumentError(f"found is a {type(found).__name__}; give the Detections of one image", value=type(found))
     height, width = found.image_size

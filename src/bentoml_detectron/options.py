@@ -14,6 +14,7 @@ from bentoml_detectron.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from bentoml_detectron.artifact.manifest import Dataset
 
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "auto")
 MAX_TOP_K = 10_000
 """More than any model's own limit."""
 

@@ -38,7 +38,9 @@ def staged(store: Path) -> Iterator[Path]:
     area = _area(store)
     try:
         store.mkdir(parents=True, exist_ok=True)
-        area.mkdir(exist_ok=True)
+        if not area.exists():
+            area.mkdir(exist_ok=True)
+            area.chmod(store.stat().st_mode & 0o7777)  # whoever may save in the store shares it
         if store.stat().st_dev != area.stat().st_dev:
             raise SaveError(
                 f"{store} and {area} are on different file systems, so a model cannot appear in the store at once; set "
@@ -142,7 +144,8 @@ def _area(store: Path) -> Path:
 def _locked(area: Path) -> Iterator[None]:
     """Holds the one lock of a store. It is held for a few renames, never while weights are written."""
     path = area / "lock"
-    path.touch()
+    if not path.exists():
+        path.touch(0o644)
     held = _lock(path, fcntl.LOCK_EX)
     try:
         yield

@@ -75,7 +75,7 @@ def get(tag_like: str | Tag) -> Model:
         model: Model = bentoml.models.get(tag, _model_store=_Store(BentoMLContainer.model_store_dir.get()))
     except NotFound as exc:
         raise ModelNotFoundError(str(exc), value=str(tag_like)) from exc
-    except DetectronError:
+    except (DetectronError, Warning, ImportError):
         raise
     except Exception as exc:  # a damaged record fails in BentoML in whatever way its bytes lead to
         raise CorruptFileError(f"BentoML cannot read model.yaml of {tag_like}: {exc!r}", file="model.yaml") from exc

@@ -182,7 +182,11 @@ def bentoml_command(home: Path, *arguments: str, folder: Path) -> str:
 
 def test_bento_carries_the_model_and_serves_where_the_store_is_gone(project, digits_home, tmp_path):
     """Built, exported, imported into an empty home, and served from another folder."""
-    (project / "bentofile.yaml").write_text("service: 'service:service'\ninclude: ['service.py']\n")
+    # With packages of the project's own, as most have.
+    (project / "bentofile.yaml").write_text(
+        "service: 'service:service'\ninclude: ['service.py']\npython: {packages: [requests]}\n"
+        "docker: {system_packages: [curl]}\n"
+    )
     tag = bentoml_command(digits_home, "build", "--output", "tag", folder=project).strip().rpartition("__tag__:")[2]
     bentoml_command(digits_home, "export", tag, str(tmp_path / "it.bento"), folder=project)
     empty = tmp_path / "empty"
@@ -191,4 +195,10 @@ def test_bento_carries_the_model_and_serves_where_the_store_is_gone(project, dig
     with served(tmp_path, empty, "serve", tag, "--host", "127.0.0.1") as server:
         assert len(httpx.post(f"{server.url}/predict", files={"image": IMAGE.read_bytes()}, timeout=60).json()["scores"]) > 5
     dockerfile = (empty / "bentos" / tag.replace(":", "/") / "env" / "docker" / "Dockerfile").read_text()
-    assert "github.com/facebookresearch/detectron2.git" in dockerfile
+    # After the packages, into the environment that they are in, which BentoML's Dockerfile makes without a pip.
+    packages, after = dockerfile.split("env/python/requirements.txt", 1)
+    assert "uv pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'" in after
+    assert packages.index(" git g++") < packages.index("uv venv")
+    assert " curl" in packages
+    requirements = (empty / "bentos" / tag.replace(":", "/") / "env" / "python" / "requirements.txt").read_text()
+    assert {"requests", "torch"} <= set(requirements.split())

@@ -201,6 +201,12 @@ def test_model_that_ends_its_process_as_it_is_loaded_is_an_error(odd_model, monk
         apart.start(odd_model, Settings(trusted=("odd",)), 1)
 
 
+def test_process_that_a_signal_ends_as_it_loads_may_be_started_again(odd_model, monkeypatch):
+    monkeypatch.setattr(apart, "START", "import os; os.kill(os.getpid(), 9)  # {}")
+    with pytest.raises(ModelEndedError, match=r"while it loaded \(SIGKILL\)"):
+        apart.start(odd_model, Settings(trusted=("odd",)), 1)
+
+
 def test_process_that_is_no_more_before_the_model_is_loaded_is_an_error(odd_model, monkeypatch):
     monkeypatch.setattr(apart, "START", "import os; os.close({}); os._exit(7)")
     with pytest.raises(DetectronError, match=r"ended while it loaded \(status 7\)"):

@@ -528,3 +528,28 @@ def test_nothing_is_left_of_a_batch_that_is_done(held):
         engine.close()
 
     asyncio.run(main())
+
+
+def test_model_whose_process_was_killed_as_it_loaded_is_loaded_again(held, monkeypatch, caplog):
+    """As by the system, for want of memory; meanwhile others may be ready, and it is said why this one is not."""
+    monkeypatch.setattr("bentoml_detectron.service.engine._PAUSE", 0.2)
+    failures = [ModelEndedError("its process has ended while it loaded (SIGKILL)")] * 2
+
+    def load() -> Held:
+        if failures:
+            raise failures.pop()
+        return held
+
+    async def main() -> None:
+        engine = Engine(load, Told(), max_queue=1)
+        async with asyncio.timeout(30):
+            await engine.loaded()
+        assert engine.failure.endswith("ended while it loaded (SIGKILL); it is tried again")
+        with pytest.raises(NotReadyError, match="SIGKILL"):
+            engine.admit()
+        await until(lambda: engine.predictor is not None)
+        assert engine.failure is None
+        engine.admit()
+        engine.close()
+
+    asyncio.run(main())

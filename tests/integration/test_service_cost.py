@@ -8,11 +8,11 @@ import gc
 import logging
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import ClassVar
 from weakref import WeakSet
 
@@ -24,6 +24,8 @@ from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from opentelemetry.sdk.trace import SpanProcessor
 from prometheus_client import REGISTRY, generate_latest
 from simple_di import sentinel
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from bentoml_detectron import demo
@@ -252,7 +254,9 @@ def counted(pattern: str) -> float:
 @pytest.fixture(scope="class")
 def without_room(saved) -> Iterator[TestClient]:
     """A client of a service where no request may wait."""
-    with fresh(), served(saved, http={"cors": CORS}, settings=Settings(token="secret", max_queue=0)) as client:
+    settings = Settings(token="secret")
+    object.__setattr__(settings, "max_queue", 0)  # which they refuse, as nothing would be answered
+    with fresh(), served(saved, http={"cors": CORS}, settings=settings) as client:
         yield client
 
 
@@ -413,3 +417,92 @@ def test_memory_is_given_back_once_when_no_request_came_for_a_while(monkeypatch)
         task.cancel()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"precision": "fp99"}, {"max_queue": 0}, {"max_queue": True}, {"max_body_bytes": 1.5}, {"max_queue_pixels": -1},
+        {"model_instances": 0}, {"request_seconds": -1}, {"body_seconds": 0}, {"drain_seconds": float("nan")},
+        {"request_seconds": "60"}, {"token": "a\nb"}, {"token": " "},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused_before_anything_is_served(values):
+    with pytest.raises(InvalidArgumentError, match=next(iter(values))):
+        Settings(**values)
+
+
+def test_settings_of_another_type_are_refused(saved):
+    with pytest.raises(InvalidArgumentError, match="settings is a dict"):
+        bentoml.detectron.get_service(saved, settings={"precision": "fp32"})
+
+
+def test_token_from_a_file_is_without_its_line_s_end(saved, monkeypatch):
+    """As Kubernetes's secrets are written."""
+    monkeypatch.setenv("BENTOML_DETECTRON_TOKEN", "secret\n")
+    with served(saved) as client:
+        assert client.get("/info", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/info", headers={"authorization": "Bearer other"}).status_code == 401
+
+
+def test_configuration_may_say_none_and_a_long_name_is_cut():
+    service = bentoml.detectron.get_service("a" * 63, envs=None, traffic=None)
+    assert len(service.name) == 63
+
+
+def test_service_made_of_this_one_is_refused(saved):
+    """BentoML would give it the class, and none of the middleware: no limits, no token, and handlers that answer nothing."""
+    base = bentoml.detectron.get_service(saved)
+
+    @bentoml.service
+    class Mine(base.inner):
+        pass
+
+    with pytest.raises(InvalidArgumentError, match="Mine is made of detectron-cost"):
+        Mine()
+    with pytest.raises(InvalidArgumentError, match="over HTTP"):
+        base.inner.predict.func(None, None)
+
+
+def test_paths_hold_where_the_app_is_mounted_in_another(saved):
+    app = bentoml.detectron.get_service(saved, settings=Settings(token="secret")).to_asgi()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with app.router.lifespan_context(app):
+            yield
+
+    with TestClient(Starlette(routes=[Mount("/det", app=app)], lifespan=lifespan)) as client:
+        deadline = time.monotonic() + 60
+        while client.get("/det/readyz").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert client.post("/det/predict", files={"image": IMAGE}).status_code == 401
+        client.headers["authorization"] = "Bearer secret"
+        answer = client.post("/det/predict", files={"image": IMAGE})
+        assert (answer.status_code, len(answer.json()["scores"]) > 0) == (200, True)
+        assert client.get("/det/info").json()["tag"] == str(saved.tag)
+        assert client.get("/det/predict").headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["in the store", "in a bento"])
+def test_latest_is_the_version_that_it_was_when_the_server_started(built, demo_predictor, monkeypatch):
+    """Each worker looks for the model, also one that takes another's place later."""
+    name = f"pinned-{built}".lower()
+    first = bentoml.detectron.save_model(name, demo_predictor)
+    service = bentoml.detectron.get_service(name, name=name)
+    if built:
+        info = SimpleNamespace(all_models=[SimpleNamespace(tag=bentoml.Tag("other", "1")), SimpleNamespace(tag=first.tag)])
+        monkeypatch.setattr(type(service), "bento", SimpleNamespace(info=info), raising=False)
+        bentoml.detectron.save_model(name, demo_predictor)
+    monkeypatch.setenv(f"BENTOML_DETECTRON_CHOSEN_{name}", "")  # gone after the test
+    service.inner.supervise()
+    bentoml.detectron.save_model(name, demo_predictor)
+    monkeypatch.setattr(type(service), "bento", None, raising=False)
+    with TestClient(service.to_asgi()) as client:
+        deadline = time.monotonic() + 60
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert client.get("/info").json()["tag"] == str(first.tag)

@@ -196,7 +196,7 @@ def test_good_request_is_answered(site):
         (form(score_threshold="-0.1"), 400, "score_threshold is -0.1"),
         (form(score_threshold="NaN"), 400, "score_threshold is nan"),
         (form(score_threshold="half"), 400, "score_threshold is 'half'"),
-        (form(top_k="0"), 400, "top_k is 0; it is a whole number from 1"),
+        (form(top_k="0"), 400, "top_k is 0; a service takes 1 to 300"),
         (form(top_k="10001"), 400, "top_k is 10001"),
         (form(top_k="1.5"), 400, "top_k is 1.5"),
         (form(classes="person"), 400, "no class 'person'"),

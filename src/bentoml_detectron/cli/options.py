@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import click
 
+from bentoml_detectron.options import PRECISIONS
+
 _T = TypeVar("_T")
 
 device = click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
@@ -14,7 +16,7 @@ precision = click.option(
     "--precision",
     default="fp32",
     show_default=True,
-    type=click.Choice(["fp32", "bf16", "fp16", "int8", "auto"]),
+    type=click.Choice(PRECISIONS),
     help="bf16 and int8 are faster; fp16 is for GPUs; int8 needs a model made by optimize; auto takes the fastest.",
 )
 max_image_pixels = click.option(

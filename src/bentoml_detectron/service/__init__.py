@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import os
 import re
@@ -34,7 +35,14 @@ TOKEN_VARIABLE = "BENTOML_DETECTRON_TOKEN"
 SERVED_VARIABLE = "BENTOML_DETECTRON_SERVE"
 """Name of the environment variable that ``bentoml detectron serve`` sets, and `served` reads."""
 
+_CHOSEN = "BENTOML_DETECTRON_CHOSEN_"
+"""Begins the name of the environment variable by which a service's workers know the version that they serve."""
+_OVER_HTTP = "call the service over HTTP, as by bentoml.depends(url='http://127.0.0.1:3000') or bentoml.SyncHTTPClient"
+_LONGEST_NAME = 63  # characters, as bentos' are
+
 logger = logging.getLogger("bentoml.detectron")
+DETECTRON2 = "uv pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+"""Into the environment that BentoML's Dockerfiles make, in which there is no pip, for the PyTorch that is there."""
 Image = Annotated[Path, ContentType("image/*")]
 
 
@@ -77,14 +85,15 @@ def get_service(
     if not isinstance(settings, Settings | None):
         raise InvalidArgumentError(f"settings is a {type(settings).__name__}; give Settings(...)", value=settings)
     worker = Worker(_with_token(settings or Settings()))
-    service_config.setdefault("name", f"detectron-{model.tag.name}")
+    service_config.setdefault("name", f"detectron-{model.tag.name}"[:_LONGEST_NAME].rstrip("-._"))
     service_config.setdefault("image", container_image())
     prefix = _prefix(service_config.get("path_prefix"))
     if prefix:
         service_config["path_prefix"] = prefix
-    service_config["envs"] = [*service_config.get("envs", []), *_environment(service_config.get("envs", []))]
+    envs = service_config.get("envs") or []
+    service_config["envs"] = [*envs, *_environment(envs)]
     # BentoML's own deadline comes after this package's, which counts what it ends.
-    service_config["traffic"] = {"timeout": worker.settings.request_seconds + 10, **service_config.get("traffic", {})}
+    service_config["traffic"] = {"timeout": worker.settings.request_seconds + 10, **(service_config.get("traffic") or {})}
 
     @bentoml.service(**service_config)
     class DetectronService:
@@ -93,7 +102,13 @@ def get_service(
         bento_model = model
 
         def __init__(self) -> None:
-            _start(worker, lambda: self.bento_model, service_config.get("workers") or 1, prefix)
+            if type(self) is not service.inner:
+                raise InvalidArgumentError(
+                    f"{type(self).__name__} is made of {service.name}, and would have none of its limits and its token; add to "
+                    "that service by its mount_asgi_app, or call it over HTTP",
+                    value=type(self),
+                )
+            _start(worker, lambda: _chosen(service, model) or self.bento_model, service_config.get("workers") or 1, prefix)
             worker.openapi = lambda: document(service.name, prefix)
 
         # The middleware answers for these two; they are here for BentoML's clients, which ask the service for its methods.
@@ -106,7 +121,7 @@ def get_service(
             top_k: int | None = None,
             masks: str = "rle",
         ) -> dict[str, Any]:
-            raise NotImplementedError
+            raise InvalidArgumentError(_OVER_HTTP)
 
         @bentoml.api(route="/render")  # type: ignore[untyped-decorator]
         def render(
@@ -117,7 +132,7 @@ def get_service(
             top_k: int | None = None,
             masks: str = "rle",
         ) -> Annotated[Path, ContentType("image/jpeg")]:
-            raise NotImplementedError
+            raise InvalidArgumentError(_OVER_HTTP)
 
         async def __is_ready__(self) -> bool:
             if worker.reason is not None:
@@ -126,6 +141,7 @@ def get_service(
 
         @bentoml.on_deployment  # type: ignore[untyped-decorator]
         def supervise() -> None:  # BentoML makes it a static method, and calls it where the workers are started
+            _choose(service, model)
             share_turns(service.name)
             respawn_at_once()
 
@@ -149,15 +165,25 @@ def get_service(
     return service
 
 
-def container_image() -> bentoml.images.Image:
-    """What a container for the service needs, with Detectron2 built from its own repository.
+class ContainerImage(bentoml.images.Image):  # type: ignore[misc]
+    """What a container for the service needs, with Detectron2 built from its own repository after all Python packages.
 
-    Give `get_service` another as ``image=`` for a GPU's base image, or for wheels of your own.
+    That comes last when a bento is built, also after what a project's own build options add: BentoML refuses packages after
+    commands. Give `get_service` another as ``image=`` for a GPU's base image, or for wheels of your own.
     """
-    image = bentoml.images.Image(lock_python_packages=False)
-    image.system_packages("git", "g++")
+
+    def freeze(self, *args: Any, **kwargs: Any) -> Any:
+        """As BentoML's; the image stays as it is."""
+        whole = copy.copy(self)
+        whole.commands, whole.post_commands = [*self.commands], [DETECTRON2, *self.post_commands]
+        whole.system_packages("git", "g++")
+        return super(ContainerImage, whole).freeze(*args, **kwargs)
+
+
+def container_image() -> ContainerImage:
+    """What a container needs for the service, but for what a project's own options add."""
+    image = ContainerImage(lock_python_packages=False)
     image.python_packages("torch", "torchvision", "setuptools<81", "supervision", f"bentoml-detectron=={__version__}")
-    image.run("pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'")
     return image
 
 
@@ -180,8 +206,30 @@ def _environment(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": name, "value": value} for name, value in threads.environment().items() if name not in known]
 
 
+def _choose(service: bentoml.Service[Any], model: BentoModel) -> None:
+    """Has all workers of a server, also those that replace others, serve the version that "latest" is when it starts.
+
+    In a bento that is the version that it was built with, whatever else is in the store.
+    """
+    if model.tag.version not in (None, "latest"):
+        return
+    built = [] if service.bento is None else [each.tag for each in service.bento.info.all_models]
+    tag = next((each for each in built if each.name == model.tag.name), None) or model.resolve().tag
+    os.environ[_CHOSEN + service.name] = str(tag)
+
+
+def _chosen(service: bentoml.Service[Any], model: BentoModel) -> bentoml.Model | None:
+    """The model that `_choose` chose; None where a version was asked for, or that has not run."""
+    name, _, version = os.environ.get(_CHOSEN + service.name, "").partition(":")
+    if model.tag.version not in (None, "latest") or name != model.tag.name:
+        return None
+    found: bentoml.Model = BentoModel(Tag(name, version)).resolve()
+    return found
+
+
 def _with_token(settings: Settings) -> Settings:
-    return settings if settings.token else replace(settings, token=os.environ.get(TOKEN_VARIABLE) or None)
+    """The same, with the environment's token where they have none; a line's end, as of a file's, is none of it."""
+    return settings if settings.token else replace(settings, token=os.environ.get(TOKEN_VARIABLE, "").strip() or None)
 
 
 def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str, prefix: str) -> None:

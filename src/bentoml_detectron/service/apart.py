@@ -154,6 +154,7 @@ def start(
         is_closed: Whether it is not wanted any more.
 
     Raises:
+        ModelEndedError: A signal has ended its process meanwhile, and may not another time.
         DetectronError: It could not; the message says why.
     """
     from bentoml._internal.context import server_context
@@ -178,8 +179,8 @@ def start(
         spare_from_collection()
         return Apart(process, connection, loaded, share)
     connection.close()
-    _end(process)
-    raise DetectronError(loaded)
+    by_signal = _end(process) < 0  # as by the system for want of memory, or by someone; what its own code did it does again
+    raise (ModelEndedError if by_signal else DetectronError)(loaded)
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

@@ -84,7 +84,7 @@ class Engine:
     All methods but `join` and `share` are for the event loop's thread.
 
     Attributes:
-        failure: Why there is no predictor and will be none, if so.
+        failure: Why there is no predictor, and will be none unless it is tried again, if so.
         max_pixels: Most pixels, padding included, that wait or run; one image alone may have more.
         admitted: Requests so far.
     """
@@ -182,7 +182,7 @@ class Engine:
 
     async def loaded(self) -> None:
         """Waits until the model is loaded, or cannot be."""
-        while self.predictor is None and self._ended is None:
+        while self.predictor is None and self._ended is None and self.failure is None:
             await asyncio.sleep(0.02)
 
     def admit(self, pixels: int = 1) -> None:
@@ -307,15 +307,18 @@ class Engine:
             except BaseException as exc:  # a model's own code may raise SystemExit
                 if self.is_closed:  # it was not wanted any more
                     return
-                if not pause:
+                if not pause and not isinstance(exc, ModelEndedError):  # as by the system, for want of memory
                     self._fail("the model cannot be loaded", exc)
                     return
-                logger.error("the model cannot be loaded again (%s); the next try is in %.0f s", exc, pause)
+                if not pause and self.predictor is None:
+                    self.failure = f"the model cannot be loaded: {exc}; it is tried again"
+                pause = pause or _PAUSE
+                logger.error("the model cannot be loaded (%s); the next try is in %.0f s", exc, pause)
                 with self._wake:
                     self._wake.wait_for(lambda: self._ended, pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 continue
-            pause = _PAUSE
+            pause, self.failure = _PAUSE, None
             try:
                 self._serve(_Instance(predictor))
             except ModelEndedError as exc:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
 
-from bentoml_detectron.errors import DetectronError, NotReadyError, OverloadedError, reason
+from bentoml_detectron.errors import DetectronError, InvalidArgumentError, NotReadyError, OverloadedError, reason
+from bentoml_detectron.options import PRECISIONS
 from bentoml_detectron.service import gate
 from bentoml_detectron.service.engine import Engine, too_many
 from bentoml_detectron.service.metrics import STAGES, Metrics
@@ -81,6 +83,34 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
     trusted: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks them, as far as that can be done without the model.
+
+        Raises:
+            InvalidArgumentError: (``ValueError``) One is out of range.
+        """
+        if self.precision not in PRECISIONS:
+            raise InvalidArgumentError(
+                f"precision={self.precision!r}; give one of {', '.join(PRECISIONS)}", value=self.precision
+            )
+        for name in (
+            "model_instances",
+            "max_body_bytes",
+            "max_image_pixels",
+            "max_queue",
+            "max_queue_pixels",
+            "max_held_bytes",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value >= 1):
+                raise InvalidArgumentError(f"{name} is {value!r}; give a whole number, 1 or more", value=value)
+        for name, least in (("body_seconds", 0.001), ("request_seconds", 0.001), ("drain_seconds", 0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not least <= value < math.inf:
+                raise InvalidArgumentError(f"{name} is {value!r}; give seconds, {least} or more", value=value)
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
+            raise InvalidArgumentError("the token has characters that no header can hold, or is blank; give another")
 
 
 @dataclass(slots=True)
@@ -149,7 +179,7 @@ class Front:
             seconds = self.worker.settings.request_seconds
             gate.install(scope.get("app"), self._paths, _with_cors(self._refuse), self._is_full, seconds)
             gate.parse_by_h11(receive)
-        if scope["type"] != "http" or scope["path"] not in self._paths:
+        if scope["type"] != "http" or gate.path_of(scope) not in self._paths:
             await self.app(scope, receive, send)
             return
         await self._serve(scope, receive, send)
@@ -166,7 +196,7 @@ class Front:
         """Whether a request will be refused as too many wait, and for no other reason."""
         engine = self.worker.engine
         is_full = engine is not None and engine.predictor is not None and engine.is_full
-        return is_full and scope["method"] == "POST" and scope["path"] in self._modelled and self._is_authorized(scope)
+        return is_full and scope["method"] == "POST" and gate.path_of(scope) in self._modelled and self._is_authorized(scope)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = _Request(scope, receive)
@@ -190,7 +220,7 @@ class Front:
     async def _answer(self, request: _Request) -> _Answer:
         scope = request.scope
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        own = scope["path"].removeprefix(self._prefix)
+        own = gate.path_of(scope).removeprefix(self._prefix)
         route = self._routes.get((method, own))
         if route is None:
             allowed = ", ".join(m for m, path in self._routes if path == own)
@@ -203,7 +233,7 @@ class Front:
             )  # fmt: skip
         seconds = self.worker.settings.request_seconds
         try:
-            if scope["path"] in self._modelled:
+            if gate.path_of(scope) in self._modelled:
                 self._engine().admit()
             async with asyncio.timeout(seconds):
                 return await route(request)

@@ -97,6 +97,13 @@ class Gate:
         access.info("%s (scheme=%s,method=%s,path=%s) (status=%d)", *told)
 
 
+def path_of(scope: Scope) -> str:
+    """A request's path, without that which the app is mounted at in another."""
+    path: str = scope["path"]
+    root = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
 def install(router: Any, paths: Collection[str], refusal: App, is_full: Callable[[Scope], bool], seconds: float) -> None:
     """Puts a gate around a BentoML app whose middlewares are made already, as they are when it starts.
 
