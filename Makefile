@@ -87,6 +87,8 @@ bench: .venv/.wheel
 	$(BIN)/python benchmarks/bench_speed.py
 	$(BIN)/python benchmarks/bench_openvino.py
 	$(BIN)/python benchmarks/bench_steps.py
+	$(BIN)/python benchmarks/bench_profile.py
+	$(BIN)/python benchmarks/bench_winograd.py
 	$(BIN)/python benchmarks/bench_precision.py
 	$(BIN)/python benchmarks/bench_rounding.py
 	$(BIN)/python benchmarks/bench_dataset.py

@@ -145,7 +145,8 @@ def _locked(area: Path) -> Iterator[None]:
     """Holds the one lock of a store. It is held for a few renames, never while weights are written."""
     path = area / "lock"
     if not path.exists():
-        path.touch(0o644)
+        path.touch()
+        path.chmod(0o644)  # to be read, and so locked, by all who may come here
     held = _lock(path, fcntl.LOCK_EX)
     try:
         yield

@@ -275,7 +275,9 @@ def save_model(
         name: The model's name, or a tag with a version of your own.
         checkpointables: A ``detectron2.engine.DefaultPredictor``, or a ``torch.nn.Module`` built by Detectron2.
         config: The CfgNode that the module was built with, or its LazyConfig: the ``model`` node, or a whole one, whose
-            ``dataloader.test`` tells the size of images and the dataset. Needed for a module; a predictor brings its own.
+            ``dataloader.test`` tells the size of images and the dataset. Needed for a module; a predictor brings its own. Class
+            names are those that Detectron2's ``MetadataCatalog`` has, in this process, of the first dataset that the config
+            tests or trains on and that has some: a dataset of your own has them once it was registered and loaded.
         signatures: The model's methods that a legacy runner offers; ``{"__call__": {"batchable": False}}`` unless given.
         labels: BentoML's labels, such as ``{"stage": "dev"}``.
         custom_objects: Python objects to pickle beside the model for `bentoml.Model.custom_objects`; ``"config"`` is set to

@@ -107,6 +107,12 @@ def test_precision_that_the_machine_lacks_is_one_line(digits_home, tmp_path):
     assert "Traceback" not in said
 
 
+def test_device_that_is_not_there_is_one_line(digits_home):
+    said = failed(digits_home, "digits", "--device", "warp")
+    assert said.splitlines()[-1].startswith("Error: PyTorch has no device 'warp' here")
+    assert "Traceback" not in said
+
+
 def test_it_ends_by_ctrl_c_and_its_log_is_free_of_pytorchs_warnings(digits_home, tmp_path):
     with served(tmp_path, digits_home, *COMMAND) as server:
         process = server.process

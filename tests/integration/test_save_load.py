@@ -465,25 +465,36 @@ def test_export_and_import_keep_a_model_whole(tmp_path, demo_predictor, demo_ima
 
 
 @pytest.mark.slow
-def test_missing_detectron2_is_said_with_the_install_line(tmp_path):
-    """Where Detectron2 cannot be imported, BentoML's own exception says how to install it."""
+@pytest.mark.parametrize("missing", [["detectron2"], ["torch", "torchvision", "detectron2"]], ids=["Detectron2", "PyTorch too"])
+def test_what_is_missing_is_said_with_the_install_line(missing):
+    """BentoML's own exception says how to install it, whatever was to be done."""
+    cfg = tiny_cfg()
+    tag = str(bentoml.detectron.save_model("missing", built(cfg), cfg, self_test=False).tag)
     code = """
 import sys
-sys.modules["detectron2"] = None
+tag, *missing = sys.argv[1:]
 class Gone:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "detectron2":
+        if name.partition(".")[0] in missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.modules.pop("detectron2")
 sys.meta_path.insert(0, Gone())
-import bentoml
-try:
-    bentoml.detectron.save_model("x", None)
-except bentoml.exceptions.MissingDependencyException as exc:
-    print(exc)
+import bentoml, bentoml_detectron
+from bentoml_detectron import demo
+for act in (
+    lambda: bentoml.detectron.save_model("x", None),
+    lambda: bentoml.detectron.load_model(tag),
+    lambda: bentoml.detectron.load_predictor(tag),
+    lambda: bentoml_detectron.verify(tag),
+    lambda: list(bentoml_detectron.predict(tag, demo.images()[:1])),
+    demo.predictor,
+):
+    try:
+        act()
+    except bentoml.exceptions.MissingDependencyException as exc:
+        print(exc)
 """
-    output = run_python(code).stdout
-    assert "pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation" in output
+    output = run_python(code, tag, *missing).stdout
+    assert output.count("pip install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation") == 6
 
 
 def test_checkpoint_with_frozen_config_from_a_file(tmp_path):

@@ -982,6 +982,16 @@ class TestCommand:
         assert result.stdout == f"{saved.tag} is what was saved, and finds the same, to the last bit\n"
         assert "problem" not in result.stderr
 
+    def test_model_of_bentomls_adapter_is_not_called_what_was_saved(self, fresh, tmp_path):
+        """There are no digests of it."""
+        saved = fresh()
+        (Path(saved.path) / "manifest.json").unlink()
+        record = Path(saved.path) / "model.yaml"
+        record.write_text(record.read_text().replace("api_version: v2", "api_version: v1"))
+        result = command(str(saved.tag), cwd=tmp_path)
+        assert (result.returncode, result.stdout.splitlines()[-1]) == (0, f"{saved.tag} loads"), result.stderr
+        assert not verify(saved.tag).has_digests
+
     def test_damaged_model(self, fresh, tmp_path):
         saved = fresh()
         seal(saved, lambda content: content["self_test"]["settings"].update({"input.format": "'RGB'"}))

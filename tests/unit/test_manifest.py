@@ -94,3 +94,10 @@ def test_records_what_is_in_a_file(tmp_path):
     for name, content in (("empty", b""), ("some", b"some bytes")):
         record = manifest.record(tmp_path, name)
         assert (record.size, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_damaged_byte_does_not_put_the_file_into_the_message(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(b'{"a": "' + b"x" * 20_000 + b"\xff")
+    with pytest.raises(errors.CorruptFileError, match="save the model again") as caught:
+        manifest.read(tmp_path)
+    assert len(str(caught.value)) < 500

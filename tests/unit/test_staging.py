@@ -28,6 +28,21 @@ def test_folder_appears_and_latest_names_it(tmp_path):
     assert tree(tmp_path / "models.staging") == {"lock": b""}
 
 
+def test_those_who_share_a_store_share_the_folder_in_which_saves_are_made(tmp_path):
+    store = tmp_path / "models"
+    store.mkdir()
+    store.chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        put(store, "one")
+    finally:
+        os.umask(before)
+    area = tmp_path / "models.staging"
+    assert area.stat().st_mode & 0o7777 == 0o2775
+    (area / "lock").chmod(0o444)  # another user's, to be locked alone
+    put(store, "two")
+
+
 def test_latest_stays_where_the_present_one_is_newer(tmp_path):
     store = tmp_path / "models"
     put(store, "two")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from bentoml_detectron import imports
 from bentoml_detectron.dataset.chunks import CHUNK, check_chunk
 from bentoml_detectron.dataset.prediction import Failure, Prediction
 from bentoml_detectron.dataset.runs import Progress, Report, write
@@ -84,9 +85,10 @@ def predict(
         for each in bentoml.detectron.predict("mask_rcnn:latest", "photos/", score_threshold=0.6):
             print(each.file_name, each.detections)
     """
-    from bentoml_detectron.dataset.sources import Columns, Dataset
-    from bentoml_detectron.predictor import Predictor
-    from bentoml_detectron.store import load_predictor
+    with imports.for_less():
+        from bentoml_detectron.dataset.sources import Columns, Dataset
+        from bentoml_detectron.predictor import Predictor
+        from bentoml_detectron.store import load_predictor
 
     if not isinstance(bento_model, Predictor):
         predictor = load_predictor(
