@@ -35,7 +35,7 @@ def for_less() -> Iterator[None]:
         _import_torchvision()
         yield
     except ModuleNotFoundError as exc:
-        if exc.name is None or exc.name.partition(".")[0] not in ("torch", "torchvision", "detectron2"):
+        if exc.name not in ("torch", "torchvision", "detectron2"):
             raise
         raise DetectronMissingError(NO_DETECTRON2) from exc
     finally:
