@@ -11,6 +11,7 @@ import orjson
 from torch import nn
 
 from bentoml_detectron.errors import InvalidArgumentError
+from bentoml_detectron.model import class_counts
 
 from detectron2.data import MetadataCatalog  # isort: skip
 
@@ -92,7 +93,7 @@ def register(categories: Categories, module: nn.Module, dataset: str | None) -> 
 
 def _fields(categories: Categories, module: nn.Module) -> dict[str, Any]:
     """What Detectron2's catalog calls them."""
-    things, stuff = _class_counts(module)
+    things, stuff = class_counts(module)
     everything = list(zip(categories.ids, categories.names, strict=True))
     countable = [each for each, is_thing in zip(everything, categories.are_things, strict=True) if is_thing]
     rest = [each for each, is_thing in zip(everything, categories.are_things, strict=True) if not is_thing]
@@ -132,12 +133,3 @@ def _check_count(categories: Categories, found: int, due: int, what: str) -> Non
             "was trained with",
             value=found,
         )
-
-
-def _class_counts(module: nn.Module) -> tuple[int | None, int | None]:
-    """How many classes of things, and of semantic segmentation, a model of Detectron2's has; None where it has no such head."""
-    heads = getattr(module, "roi_heads", None)
-    things = getattr(module if heads is None else heads, "num_classes", None)
-    predictor = getattr(getattr(module, "sem_seg_head", None), "predictor", None)
-    stuff = getattr(predictor, "out_channels", None)
-    return (things if isinstance(things, int) else None), (stuff if isinstance(stuff, int) else None)

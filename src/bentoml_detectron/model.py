@@ -186,6 +186,15 @@ def own_random_numbers(device: torch.device) -> Iterator[None]:
             np.random.set_state(states)
 
 
+def class_counts(module: nn.Module) -> tuple[int | None, int | None]:
+    """How many classes of things, and of semantic segmentation, a model of Detectron2's has; None where it has no such head."""
+    heads = getattr(module, "roi_heads", None)
+    things = getattr(module if heads is None else heads, "num_classes", None)
+    predictor = getattr(getattr(module, "sem_seg_head", None), "predictor", None)
+    stuff = getattr(predictor, "out_channels", None)
+    return (things if isinstance(things, int) else None), (stuff if isinstance(stuff, int) else None)
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module lives, as far as that is one device."""
     return next((tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors),

@@ -309,10 +309,16 @@ def save_model(
         raise InvalidArgumentError(f"custom_objects is a {type(custom_objects).__name__}; give a dict", value=custom_objects)
     with imports.for_less():
         from bentoml_detectron.artifact import code, folder
-        from bentoml_detectron.model import check_saveable, take_apart
+        from bentoml_detectron.model import check_saveable, class_counts, take_apart
 
     module, cfg, is_predictor = take_apart(checkpointables, config)
     description = folder.describe(cfg)
+    named, due = description.dataset and description.dataset.thing_classes, class_counts(module)[0]
+    if named and due and len(named) != due:
+        logger.warning(
+            "the dataset %r names %d classes, and the model has %d; results will have these names in their order",
+            description.dataset and description.dataset.name, len(named), due,
+        )  # fmt: skip
     if is_predictor and config is not None:
         logger.warning("config is ignored when 'checkpointables' is a DefaultPredictor, which brings its own.")
     info = _record(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)

@@ -706,3 +706,12 @@ def test_model_that_would_have_no_class_names_is_told():
     cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("nameless_a",), ("nameless_b",)
     with pytest.warns(UserWarning, match=r"no class names.*nameless_a, nameless_b.*MetadataCatalog"):
         bentoml.detectron.save_model("nameless", built(cfg), cfg, self_test=False)
+
+
+@pytest.mark.parametrize(("names", "is_told"), [(["a", "b"], True), (list("abcde"), False), (list("abcdef"), True)])
+def test_class_names_that_are_more_or_fewer_than_the_classes_are_told(names, is_told, caplog):
+    cfg = tiny_cfg()
+    cfg.DATASETS.TEST = (f"named_{len(names)}",)
+    MetadataCatalog.get(cfg.DATASETS.TEST[0]).set(thing_classes=names)
+    bentoml.detectron.save_model("counted", built(cfg), cfg, self_test=False)
+    assert ("and the model has 5" in caplog.text) == is_told
