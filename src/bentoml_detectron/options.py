@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bentoml_detectron.artifact.manifest import Dataset
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "auto")
+"""`engines.Precision`, for what imports no PyTorch."""
 MAX_TOP_K = 10_000
 """More than any model's own limit."""
 

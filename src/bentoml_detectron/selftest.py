@@ -191,8 +191,23 @@ def check(
 ) -> tuple[SelfTest, list[str]]:
     """Runs the self-test once more, and says where it differs from the recorded one; arguments as in `record`, `compare`."""
     got = record(model, image_input, dataset)
-    again: Callable[[Change], Any] = lambda change: run(model, image_input, None, change)  # noqa: E731
-    return got, compare(due, got, again=again, other_versions=other_versions)
+    return got, compare(due, got, again=again(model, image_input), other_versions=other_versions)
+
+
+def check_rebuilt(due: SelfTest, model: nn.Module, image_input: Input, dataset: Dataset | None) -> tuple[SelfTest, list[str]]:
+    """As `check`, of what another model's config builds, before that model is saved.
+
+    Returns:
+        The other's self-test, without what is no setting of its, and where this model's differs.
+    """
+    got = record(model, image_input, dataset)
+    due = _with_settings_of(due, got)
+    return due, compare(due, got, again=again(model, image_input))
+
+
+def again(model: nn.Module, image_input: Input) -> Callable[[Change], Any]:
+    """Runs a model once more, as `compare` asks for; arguments as in `run`."""
+    return lambda change: run(model, image_input, None, change)
 
 
 def compare(
@@ -229,7 +244,7 @@ def compare(
     return problems
 
 
-def with_settings_of(due: SelfTest, got: SelfTest) -> SelfTest:
+def _with_settings_of(due: SelfTest, got: SelfTest) -> SelfTest:
     """A model's, without what is no setting of the other that its config builds.
 
     Args:

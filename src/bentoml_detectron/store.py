@@ -7,7 +7,7 @@ import copy
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bentoml_detectron.artifact.folder import Description, SavedModel
-    from bentoml_detectron.artifact.manifest import SelfTest
+    from bentoml_detectron.artifact.manifest import Dataset, SelfTest
     from bentoml_detectron.engines import Precision
     from bentoml_detectron.engines.int8 import Calibration
     from bentoml_detectron.images import Limits
@@ -313,12 +313,7 @@ def save_model(
 
     module, cfg, is_predictor = take_apart(checkpointables, config)
     description = folder.describe(cfg)
-    named, due = description.dataset and description.dataset.thing_classes, class_counts(module)[0]
-    if named and due and len(named) != due:
-        logger.warning(
-            "the dataset %r names %d classes, and the model has %d; results will have these names in their order",
-            description.dataset and description.dataset.name, len(named), due,
-        )  # fmt: skip
+    _compare_names(description.dataset, class_counts(module)[0])
     if is_predictor and config is not None:
         logger.warning("config is ignored when 'checkpointables' is a DefaultPredictor, which brings its own.")
     info = _record(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
@@ -387,6 +382,13 @@ def manifest_of(bento_model: Model, saved: SavedModel) -> manifest.Manifest:
     return saved.manifest
 
 
+def _compare_names(dataset: Dataset | None, classes: int | None) -> None:
+    """Warns where a dataset names more or fewer classes of things than a model has, where that is known."""
+    names = (dataset and dataset.thing_classes) or []
+    if dataset and names and classes and len(names) != classes:
+        logger.warning("the dataset %r names %d classes, and the model has %d", dataset.name, len(names), classes)
+
+
 def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) -> SelfTest | None:
     """Records what a module finds, provided that what its config builds finds the same.
 
@@ -401,10 +403,7 @@ def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) 
         logger.warning("no self-test is recorded: the model does not run on an image alone (%s: %s)", type(exc).__name__, exc)
         return None
     try:
-        got = selftest.record(rebuilt, description.input, description.dataset)
-        due = selftest.with_settings_of(due, got)
-        again: Callable[[selftest.Change], Any] = lambda change: selftest.run(rebuilt, description.input, None, change)  # noqa: E731
-        problems = selftest.compare(due, got, again=again)
+        due, problems = selftest.check_rebuilt(due, rebuilt, description.input, description.dataset)
     except Exception as exc:
         raise InvalidModelError(f"what the config builds fails where the module does not: {exc!r}") from exc
     if problems:

@@ -207,6 +207,17 @@ def test_process_that_a_signal_ends_as_it_loads_may_be_started_again(odd_model, 
         apart.start(odd_model, Settings(trusted=("odd",)), 1)
 
 
+def test_process_that_says_why_and_does_not_end_is_no_signal_s(odd_model, monkeypatch):
+    """It is killed then, and would say the same again."""
+    monkeypatch.setattr(apart, "_END_SECONDS", 0.2)
+    says = "c = Connection({}); c.recv(); c.send('it does not want to'); time.sleep(60)"
+    start = f"import sys, time; sys.path[:] = sys.argv[1:]; from multiprocessing.connection import Connection; {says}"
+    monkeypatch.setattr(apart, "START", start)
+    with pytest.raises(DetectronError, match="it does not want to") as caught:
+        apart.start(odd_model, Settings(trusted=("odd",)), 1)
+    assert not isinstance(caught.value, ModelEndedError)
+
+
 def test_process_that_is_no_more_before_the_model_is_loaded_is_an_error(odd_model, monkeypatch):
     monkeypatch.setattr(apart, "START", "import os; os.close({}); os._exit(7)")
     with pytest.raises(DetectronError, match=r"ended while it loaded \(status 7\)"):

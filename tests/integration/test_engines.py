@@ -775,7 +775,7 @@ def test_what_a_part_writes_is_its_call_s_own(precision, monkeypatch):
 
     with ThreadPoolExecutor(2) as pool:
         assert_same(list(pool.map(found, given)), due)
-    assert not hasattr(fast.backbone, "width")
+    assert not hasattr(model.backbone, "width")
 
 
 def as_numbers(features):

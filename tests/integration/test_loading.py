@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import bentoml
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from bentoml_detectron import demo, engines, model
 from bentoml_detectron.engines import eager, has_bf16
 from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError
+from bentoml_detectron.options import PRECISIONS
 from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.service import Settings, loading
 from support import built
@@ -85,3 +88,8 @@ def test_warm_up_runs_the_model_at_its_size(saved):
     loaded = loading.load_tested(saved, Settings())
     loading.warm_up(Noting(loaded.model, loaded.input, loaded.dataset))
     assert shapes == [(192, 192)] * 2
+
+
+def test_precisions_are_those_of_the_engines():
+    """Written once more where PyTorch is not imported."""
+    assert get_args(engines.Precision) == PRECISIONS

@@ -39,8 +39,10 @@ def test_those_who_share_a_store_share_the_folder_in_which_saves_are_made(tmp_pa
         os.umask(before)
     area = tmp_path / "models.staging"
     assert area.stat().st_mode & 0o7777 == 0o2775
-    (area / "lock").chmod(0o444)  # another user's, to be locked alone
+    assert (area / "lock").stat().st_mode & 0o444 == 0o444
+    os.utime(area / "lock", (7, 7))
     put(store, "two")
+    assert (area / "lock").stat().st_mtime == 7  # only its owner could have touched it
 
 
 def test_latest_stays_where_the_present_one_is_newer(tmp_path):

@@ -174,13 +174,16 @@ def start(
                 process.kill()
         loaded = connection.recv()
     except (EOFError, OSError):
-        loaded = f"its process has ended while it loaded ({_ending(process)})"
+        ended = f"its process has ended while it loaded ({_ending(process)})"
+        connection.close()
+        # As by the system, for want of memory, or by someone. What its own code did, it would do again.
+        raise (ModelEndedError if process.returncode < 0 else DetectronError)(ended) from None
     if isinstance(loaded, _Loaded):
         spare_from_collection()
         return Apart(process, connection, loaded, share)
     connection.close()
-    by_signal = _end(process) < 0  # as by the system for want of memory, or by someone; what its own code did it does again
-    raise (ModelEndedError if by_signal else DetectronError)(loaded)
+    _end(process)
+    raise DetectronError(loaded)
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

@@ -44,6 +44,11 @@ CLIENT_CLOSED = 499
 """Status of a request whose client left before its answer, in metrics and the log: nginx's, which HTTP does not have."""
 
 
+_COUNTS = ("model_instances", "max_body_bytes", "max_image_pixels", "max_queue", "max_queue_pixels", "max_held_bytes")
+_SECONDS = {"body_seconds": 0.001, "request_seconds": 0.001, "drain_seconds": 0}
+"""What `Settings` has of each, with the least of seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What a service takes and does.
@@ -94,18 +99,11 @@ class Settings:
             raise InvalidArgumentError(
                 f"precision={self.precision!r}; give one of {', '.join(PRECISIONS)}", value=self.precision
             )
-        for name in (
-            "model_instances",
-            "max_body_bytes",
-            "max_image_pixels",
-            "max_queue",
-            "max_queue_pixels",
-            "max_held_bytes",
-        ):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
                 raise InvalidArgumentError(f"{name} is {value!r}; give a whole number, 1 or more", value=value)
-        for name, least in (("body_seconds", 0.001), ("request_seconds", 0.001), ("drain_seconds", 0)):
+        for name, least in _SECONDS.items():
             value = getattr(self, name)
             if type(value) not in (int, float) or not least <= value < math.inf:
                 raise InvalidArgumentError(f"{name} is {value!r}; give seconds, {least} or more", value=value)

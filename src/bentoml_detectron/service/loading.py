@@ -86,9 +86,7 @@ def _self_test(model: bentoml.Model, module: nn.Module, predictor: Predictor, *,
     _, problems = selftest.check(due, module, predictor.input, predictor.dataset)
     if not problems and is_same and due.detections is not None:
         got = selftest.record(predictor.model, predictor.input, predictor.dataset)
-        found = due.model_copy(
-            update={"detections": got.detections}
-        )  # its modules, and so their settings and features, are others
-        again = lambda change: selftest.run(predictor.model, predictor.input, None, change)  # noqa: E731
+        found = due.model_copy(update={"detections": got.detections})  # modules, and so settings and features, are others
+        again = selftest.again(predictor.model, predictor.input)
         problems = [f"made faster, {each}" for each in selftest.compare(due, found, again=again)]
     return problems
