@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import os
+import pty
+import re
+import shutil
+import struct
 import subprocess
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -205,6 +212,95 @@ def test_what_was_measured_is_shown_also_where_the_report_cannot_be_written(digi
     assert "caf\ufffd" in result.stdout
 
 
+def on_terminal(home: Path, columns: int, *arguments: str) -> str:
+    """What the command shows on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    command = [str(BENTOML), "detectron", "evaluate", *arguments]
+    process = subprocess.Popen(command, env=environment(home, TERM="xterm"), stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    assert process.wait(300) == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+
+
+def save_named(home: Path, tag: str, names: list[str]) -> None:
+    """Saves the demo model with other names of its classes."""
+    run_python(
+        "import bentoml, json, sys\n"
+        "from bentoml_detectron import demo\n"
+        "from detectron2.data import MetadataCatalog\n"
+        "predictor = demo.predictor()\n"
+        "MetadataCatalog.pop(demo.DATASET)\n"
+        "MetadataCatalog.get(demo.DATASET).set(thing_classes=json.loads(sys.argv[2]))\n"
+        "bentoml.detectron.save_model(sys.argv[1], predictor)\n",
+        tag,
+        json.dumps(names),
+        BENTOML_HOME=str(home),
+    )
+
+
+def renamed(folder: Path, name: str) -> str:
+    """The demo's annotations with another name of its 4."""
+    truth = copy.deepcopy(demo.ground_truth())
+    truth["categories"][4]["name"] = name
+    (folder / "renamed.json").write_text(json.dumps(truth))
+    return str(folder / "renamed.json")
+
+
+def test_on_a_narrow_terminal_no_number_is_cut_and_no_name_is_taken_for_a_style(bentoml_home, tmp_path):
+    name = "nut [/M8] of some taxonomic database, [red] as those of biologists are, [big]"
+    save_named(bentoml_home, "named", [*demo.CLASSES[:4], name, *demo.CLASSES[5:]])
+    where = ("--annotations", renamed(tmp_path, name), "--images", str(IMAGES), "--json", str(tmp_path / "report.json"))
+    shown = on_terminal(bentoml_home, 60, "named", *where)
+    found = json.loads((tmp_path / "report.json").read_text())["tasks"]["box"]
+    for value in (*found["metrics"].values(), *found["classes"][name].values()):
+        assert (f"{value:.4f}" if isinstance(value, float) else str(value or "-")) in shown
+    assert name.replace(" ", "") in "".join(line[:30].strip().replace(" ", "") for line in shown.splitlines())
+    assert "\u2026" not in shown
+
+
+def test_a_report_is_written_also_where_nobody_reads_the_tables(digits_home, tmp_path):
+    command = [str(BENTOML), "detectron", "evaluate", "digits", *ON_DEMO, "--json", str(tmp_path / "report.json")]
+    ours, theirs = os.pipe()
+    os.close(ours)
+    result = subprocess.run(
+        command, env=environment(digits_home), stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=300, check=False
+    )
+    os.close(theirs)
+    assert result.returncode == 1
+    assert "BrokenPipe" not in result.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["images"] == 20
+
+
+def test_both_models_names_are_looked_at_before_one_of_them_runs(digits_home, tmp_path, bentoml_home):
+    shutil.copytree(digits_home, bentoml_home, dirs_exist_ok=True)
+    save_named(bentoml_home, "letters:1", list("abcdefghij"))
+    for path in demo.images():
+        (tmp_path / path.name).write_bytes(b"no image, as whoever looks at it finds")
+    where = ("--annotations", str(ANNOTATIONS), "--images", str(tmp_path))
+    said = failed(bentoml_home, "digits", "--compare", "letters:1", *where)
+    assert said.startswith("Error: letters:1: the model has no class '0', '1', '2' and 7 more of annotations.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        (["--precision", "bf16"], "--precision"),
+        (["--device", "cuda:0"], "--device"),
+        (["--trust-remote-code"], "--trust-remote-code"),
+        (["--precision", "bf16", "--compare", "digits"], "--precision"),
+    ],
+)
+def test_what_says_how_a_model_runs_here_is_not_for_a_service(options, refused, digits_home, server):
+    said = failed(digits_home, "--url", server.url, *ON_DEMO, *options, BENTOML_DETECTRON_TOKEN="secret")
+    assert said == f"Error: {refused} is not for a service, which runs as it was started; leave it out"
+
+
 def test_an_image_that_cannot_be_read_is_named(digits_home, tmp_path, server):
     for path in demo.images():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -224,7 +320,9 @@ def test_names_that_the_model_lacks_are_an_error(digits_home, tmp_path):
     truth["categories"][3]["name"] = "three"
     (tmp_path / "renamed.json").write_text(json.dumps(truth))
     said = failed(digits_home, "digits", "--annotations", str(tmp_path / "renamed.json"), "--images", str(IMAGES))
-    assert said.startswith("Error: the model has no class 'three' of renamed.json; it has 0, 1, 2 and 7 more. Name them alike")
+    tag = "digits:" + said.partition("digits:")[2].partition(":")[0]
+    message = f"Error: {tag}: the model has no class 'three' of renamed.json; it has 0, 1, 2 and 7 more. Name them alike"
+    assert said.startswith(message)
 
 
 def test_a_service_that_is_not_there_or_wants_a_token_is_one_line(digits_home, server):

@@ -165,13 +165,13 @@ def test_sigmas_of_other_keypoints_are_given_or_the_same_for_each():
 @pytest.mark.parametrize("crowd", [0, 1])
 def test_who_was_annotated_without_keypoints_is_nothing_to_find_and_nothing_found_wrongly(unseen, crowd):
     points = [value for x in range(17) for value in (12 + 2 * x, 20 + 2 * x, 2)]
-    without = annotation(5, 1, "dog", [55, 5, 20, 20], crowd=crowd)
+    without = annotation(5, 1, "dog", [55, 5, 75, 25], crowd=crowd)
     truth = content([1], [annotation(4, 1, "dog", BOX, keypoints=points), without])
     if unseen is not None:
         without["keypoints"] = unseen
     other = [value + 40 if place % 3 == 0 else value - 15 for place, value in enumerate(points)]
     poses = np.array([points, other], np.float32).reshape(2, 17, 3)
-    found = detections([BOX, [55, 5, 20, 20]], [0.8, 0.9], [1, 1], poses)
+    found = detections([BOX, [55, 5, 75, 25]], [0.8, 0.9], [1, 1], poses)
     assert evaluate({1: found}, truth).tasks["keypoint"].metrics["AP"] == pytest.approx(1)
 
 
@@ -544,10 +544,15 @@ def test_two_images_of_one_map_are_an_error_that_names_them(tmp_path):
         (lambda file: file["annotations"][0].update(image_id=[1]), r"the annotation 4 is of the image \[1\], which"),
         (lambda file: file["annotations"][0].update(area=None), "the annotation 4 has the area None"),
         (lambda file: file["annotations"][0].update(area=math.inf), "the annotation 4 has the area inf"),
+        (lambda file: file["annotations"][0].update(area=-5), "the annotation 4 has the area -5"),
+        (lambda file: file["annotations"][0].update(bbox=[40, 50, -30, 10]), "the annotation 4 has the box .*x, y, width"),
+        (lambda file: file["images"].append(None), "is no COCO annotation file: AttributeError"),
+        (lambda file: file["images"][0].update(id=1.5), "the image id 1.5 is neither a whole number nor a string"),
         (lambda file: file["annotations"][0].update(category_id=9), "the annotation 4 is of the category 9, which"),
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3]), r"the annotation 4 has the box \[1, 2, 3\]; it should be"),
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3, math.nan]), r"the annotation 4 has the box .*nan\]"),
-        (lambda file: file["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "the annotation 4 has a segmentation that"),
+        (lambda file: file["annotations"][0].update(segmentation=[[1, 2, 3]]), "the annotation 4 has a segmentation that"),
+        (lambda file: file["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "has segmentations, but not of the ann.* 4"),
         *(
             (lambda file, rle=rle: file["annotations"][0].update(segmentation=rle), "the annotation 4 has a segmentation that")
             for rle in WRONG_RLES
@@ -581,6 +586,122 @@ def test_boxes_may_be_tuples_and_rles_as_pycocotools_gives_them():
     file["annotations"][0]["bbox"] = tuple(file["annotations"][0]["bbox"])
     file["annotations"][0]["segmentation"]["counts"] = file["annotations"][0]["segmentation"]["counts"].encode()
     assert evaluate({1: detections([BOX], [1], [1])}, file).to_dict() == found.to_dict()
+
+
+def test_a_predictions_malformed_mask_is_an_error_that_names_the_image():
+    """pycocotools would not end on it."""
+    good = detections([BOX], [0.9], [1])
+    cut = {"size": [60, 80], "counts": good.masks[0]["counts"][:-3]}
+    found = Detections(SIZE, good.boxes, good.scores, good.class_ids, good.class_names, [cut])
+    with pytest.raises(InvalidArgumentError, match=r"1\.jpg: the RLE"):
+        evaluate({1: found}, content([1], [annotation(4, 1, "dog", BOX)]))
+
+
+def test_polygons_without_an_inside_are_left_out_and_boxes_measured_all_the_same():
+    found = detections([BOX], [0.9], [1])
+    boxes = Detections(SIZE, found.boxes, found.scores, found.class_ids, found.class_names)
+    corners = [10, 10, 40, 10, 40, 50, 10, 50]
+    for segmentation in ([[]], [[10, 10, 40, 50]], [corners, [1, 1, 2, 2]]):
+        truth = content([1], [{**annotation(4, 1, "dog", BOX), "segmentation": segmentation}])
+        assert evaluate({1: boxes}, truth).tasks["box"].metrics["AP"] == pytest.approx(1)
+    square = Detections(SIZE, *(getattr(boxes, name) for name in ("boxes", "scores", "class_ids", "class_names")),
+                        [masks.encode(np.pad(np.ones((40, 30), bool), ((10, 10), (10, 40))))])  # fmt: skip
+    assert evaluate({1: square}, truth).tasks["mask"].metrics["AP"] == pytest.approx(1)
+
+
+def test_ids_and_numbers_may_be_of_any_type_that_other_tools_give():
+    """As pandas writes ids, and as NumPy's numbers."""
+    found = {1: detections([BOX], [0.9], [1])}
+    truth = content([1], [annotation(4, 1, "dog", BOX)])
+    due = evaluate(found, truth).to_dict()
+    row = truth["annotations"][0]
+    truth["images"][0]["id"], row["image_id"], row["category_id"] = 1.0, np.int64(1), 90.0
+    row["bbox"], row["area"] = np.array(row["bbox"]), np.int64(row["area"])
+    assert evaluate(found, truth).to_dict() == due
+
+
+def test_a_file_says_itself_how_many_keypoints_count():
+    """An object of which it says none is not looked for, as COCOeval has it, whatever its points say."""
+    points = [value for x in range(17) for value in (12 + 2 * x, 20 + 2 * x, 2)]
+    truth = content([1], [annotation(4, 1, "dog", BOX, keypoints=points), annotation(5, 1, "dog", BOX, keypoints=points)])
+    found = detections([BOX], [0.8], [1], np.array([points], np.float32).reshape(1, 17, 3))
+    assert evaluate({1: found}, truth).tasks["keypoint"].metrics["AP"] < 0.6
+    truth["annotations"][1]["num_keypoints"] = 0
+    assert evaluate({1: found}, truth).tasks["keypoint"].metrics["AP"] == pytest.approx(1)
+
+
+def test_where_nothing_is_found_no_masks_are_missing():
+    truth = content([1, 2], [annotation(4, 1, "dog", BOX), annotation(5, 2, "dog", BOX)])
+    points = np.ones((1, 17, 3), np.float32)
+    nothing = Detections(SIZE, np.zeros((0, 4)), [], [], ())
+    found = detections([BOX], [0.9], [1], points)
+    assert set(evaluate({1: found, 2: nothing}, truth).tasks) == {"box", "mask"}
+    of_none = Detections(SIZE, np.zeros((0, 4)), [], [], (), keypoints=np.zeros((0, 0, 3), np.float32))
+    assert set(evaluate({1: found, 2: of_none}, truth).tasks) == {"box", "mask"}
+    without = Detections(SIZE, found.boxes, found.scores, found.class_ids, found.class_names)
+    measured = evaluate({1: found, 2: without}, truth)
+    assert set(measured.tasks) == {"box"}
+    assert measured.notes[0] == "detections of some images have masks, of others not, so there is no AP of masks"
+    none = evaluate({1: detections([], [], []), 2: detections([], [], [])}, truth)
+    assert none.tasks["mask"].metrics["AP"] == 0
+
+
+def test_what_has_no_class_beside_names_is_an_error_and_no_first_class():
+    """As an RPN's proposals."""
+    found = detections([BOX], [0.9], [0], names=())
+    truth = content([1], [annotation(4, 1, "bird", BOX)])
+    assert evaluate({1: found}, truth).tasks["box"].metrics["AP"] == pytest.approx(1)
+    with pytest.raises(InvalidArgumentError, match="found the class 0 without one; name all classes"):
+        evaluate({1: found}, truth, thing_classes=NAMES)
+
+
+def test_predictions_that_are_none_are_errors_that_say_what_to_give():
+    truth = content([1], [annotation(4, 1, "dog", BOX)])
+    with pytest.raises(InvalidArgumentError, match="the prediction of image 1 is ImageError; give Detections") as error:
+        evaluate({1: ImageError("it is empty")}, truth)
+    assert isinstance(error.value.__cause__, ImageError)
+    with pytest.raises(InvalidArgumentError, match="a prediction is Detections; give pairs of an image id and"):
+        evaluate([detections([BOX], [0.9], [1])], truth)
+
+
+def test_of_a_panoptic_file_what_the_model_names_otherwise_is_noted(tmp_path):
+    maps = random_maps(1, images=2)
+    file = panoptic_file(tmp_path, maps)
+    found = {key: panoptic(*each) for key, each in maps.items()}
+    assert evaluate(found, file).notes == ()
+    content_ = json.loads(file.read_text())
+    stuff = next(each for each in content_["categories"] if not each["isthing"])
+    del stuff["isthing"]
+    file.write_text(json.dumps(content_))
+    (note,) = evaluate(found, file).notes
+    assert note.startswith(
+        f"{stuff['name']!r} is stuff to one of the model and panoptic.json, a thing to the other, and left out"
+    )
+    names = [[each["name"] for each in content_["categories"] if each.get("isthing", 0) is kind] for kind in (1, 0)]
+    with pytest.raises(InvalidArgumentError, match=f"{stuff['name']!r} is a thing in panoptic.json, stuff to the model"):
+        evaluate(found, file, thing_classes=names[0], stuff_classes=[*names[1], stuff["name"]])
+    stuff.update(isthing=0, name="elsewhere")
+    file.write_text(json.dumps(content_))
+    (note,) = evaluate(found, file).notes
+    assert note.endswith("is left out: panoptic.json has no such class")
+
+
+def test_segments_have_ids_of_their_own(tmp_path):
+    for ids, said in (([0], "whose id is no whole number of 1 or more"), ([7, 7], "segment of the image 1, 7 twice")):
+        segments = [{"id": each, "category_id": 2} for each in ids]
+        with pytest.raises(InvalidArgumentError, match=said):
+            truths.read(
+                content([1], [{"image_id": 1, "file_name": "1.png", "segments_info": segments}]), panoptic_root=tmp_path
+            )
+
+
+def test_maps_may_end_in_capitals_and_classes_have_one_name(tmp_path):
+    for name in ("a.png", "b.PNG"):
+        Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8)).save(tmp_path / name, "PNG")
+    semantic = Detections((2, 2), np.zeros((0, 4)), [], [], (), semantic=np.array([[0, 1], [1, 0]], np.uint8))
+    measured = evaluate({"a": semantic, "b": semantic}, tmp_path, stuff_classes=["x", "y", "x"])
+    assert measured.images == ("a", "b")
+    assert list(measured.to_dict()["tasks"]["semantic"]["classes"]) == ["x (0)", "y", "x (2)"]
 
 
 def test_segments_that_are_none_and_names_that_no_file_has_are_errors_that_say_so(tmp_path):
@@ -686,6 +807,55 @@ def test_intervals_are_the_same_for_the_same_seed_and_wider_for_more_confidence(
     assert interval.low < inner.low < inner.high < interval.high
 
 
+def ten_to_one(images, rare):
+    """Evaluations of two models on images with a cat each, and the first few with a dog; the first one's boxes are better."""
+    annotations, good, bad = [], {}, {}
+    for place in range(images):
+        labels = ["cat", "dog"][: 1 + (place < rare)]
+        annotations += [annotation(len(annotations) + number + 1, place, name, BOX) for number, name in enumerate(labels)]
+        ids, count = [NAMES.index(name) for name in labels], len(labels)
+        good[place] = detections([BOX] * count, [0.9, 0.8][:count], ids)
+        bad[place] = detections([[10, 10, 40, 40]] * count, [0.9, 0.8][:count], ids)
+    truth = content(range(images), annotations)
+    return evaluate(good, truth), evaluate(bad, truth)
+
+
+def test_a_class_on_one_image_of_many_tells_nothing_clearly():
+    compared = compare(*ten_to_one(20, 1))
+    dog, cat = (compared.per_class["box"][name]["AP"] for name in ("dog", "cat"))
+    assert dog.value > 0.3
+    assert dog.low == 0
+    assert not dog.is_clear
+    assert cat.is_clear
+
+
+def test_one_image_or_a_few_draws_give_no_interval():
+    for evaluations, resamples in ((ten_to_one(1, 1), 1000), (ten_to_one(20, 20), 19)):
+        found = compare(*evaluations, resamples=resamples).metrics["box"]["AP"]
+        assert found.value > 0.3
+        assert math.isnan(found.low)
+        assert not found.is_clear
+
+
+@pytest.mark.parametrize("images", [5, 8, 30])
+def test_intervals_of_few_images_are_wider_as_students_t_is(images):
+    """Against SciPy's t, from the same draws."""
+    from scipy.special import ndtr, stdtrit
+
+    truth, found = random_dataset(11, images=images)
+    _, other = random_dataset(11, images=images, noise=10)
+    one, two = evaluate(found, truth), evaluate(other, truth)
+    draws = np.random.default_rng(0)
+    parts = []
+    for size in (50, 50):
+        weights = draws.multinomial(images, np.full(images, 1 / images), size=size).astype(np.float64)
+        parts.append(one.tasks["box"].resampled(weights)[0]["AP"] - two.tasks["box"].resampled(weights)[0]["AP"])
+    tail = ndtr(stdtrit(images - 1, 0.05) * np.sqrt(images / (images - 1)))
+    due = np.quantile(np.concatenate(parts), [tail, 1 - tail])
+    interval = compare(one, two, resamples=100, confidence=0.9).metrics["box"]["AP"]
+    assert [interval.low, interval.high] == pytest.approx(due, abs=2e-3)
+
+
 def test_what_cannot_be_compared_is_an_error():
     truth, found = random_dataset(1)
     measured = evaluate(found, truth)
@@ -693,15 +863,19 @@ def test_what_cannot_be_compared_is_an_error():
         compare(measured, evaluate({1: detections([], [], [])}, content([1], [])))
     with pytest.raises(InvalidArgumentError, match="different classes"):
         compare(measured, evaluate(found, truth, classes=["dog"]))
-    for wrong in ({"resamples": 0}, {"confidence": 1.0}, {"seed": -1}):
+    fewer = {**truth, "annotations": truth["annotations"][1:]}
+    with pytest.raises(InvalidArgumentError, match="different annotations"):
+        compare(measured, evaluate(found, fewer))
+    for wrong in ({"resamples": 0}, {"resamples": 10.5}, {"confidence": 1.0}, {"seed": -1}, {"seed": 1.5}):
         with pytest.raises(InvalidArgumentError, match="give 1 or more"):
             compare(measured, measured, **wrong)
 
 
 def test_tables_are_plain_text_in_columns():
-    truth = content([1], [annotation(1, 1, "dog", BOX)])
-    measured = evaluate({1: detections([BOX], [0.9], [1])}, truth, classes=["dog"])
-    _, classes, differences, *_ = tables(measured, compare(measured, measured, resamples=5))
+    truth = content([1, 2], [annotation(1, 1, "dog", BOX)])
+    measured = evaluate({1: detections([BOX], [0.9], [1]), 2: detections([], [], [])}, truth, classes=["dog"])
+    over_all, classes, differences, *_ = tables(measured, compare(measured, measured, resamples=20))
+    assert str(over_all).splitlines()[:3] == ["all classes, 2 images", "         box    mask", "AP    1.0000  1.0000"]
     assert str(classes) == (
         "box, by class\nclass      AP    AP50    AP75      AR  instances\ndog    1.0000  1.0000  1.0000  1.0000          1"
     )

@@ -38,8 +38,8 @@ class _Commands(click.Group):
                 warnings.filterwarnings("ignore", module=r"(torch|torchvision|detectron2|fvcore|iopath)(\.|\Z)")
             try:
                 return super().invoke(ctx)
-            except (click.exceptions.Exit, click.Abort, click.exceptions.NoArgsIsHelpError):
-                raise
+            except (click.exceptions.Exit, click.Abort, click.exceptions.NoArgsIsHelpError, BrokenPipeError):
+                raise  # of a broken pipe click says nothing, as nobody reads on
             except Exception as exc:
                 if is_debug and not isinstance(exc, click.ClickException):
                     raise

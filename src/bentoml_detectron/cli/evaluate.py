@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from bentoml_detectron.cli import options
 from bentoml_detectron.errors import InvalidArgumentError
@@ -97,25 +98,32 @@ def command(
       bentoml detectron evaluate new:latest --compare old:latest --annotations val.json --images val
     """
     _check_target(tag, url, other, json_file)
+    if url is not None and other is None:
+        _refuse_given("device", "precision", "trust_remote_code", "trusted")
+    elif url is not None:
+        _refuse_given("precision")
     from bentoml_detectron.dataset.prediction import written
     from bentoml_detectron.evaluation import compare, evaluate, ground_truth
-    from bentoml_detectron.images import Limits
 
     truth = ground_truth.read(annotations, panoptic_root=panoptic_root)
     truth = ground_truth.chosen(truth, classes) if classes else truth
     files = list(truth.files(images).values())
     measure = partial(_measured, truth, files, partial(evaluate, keypoint_sigmas=_numbers(keypoint_sigmas)))
-    limits = Limits(max_pixels=max_image_pixels)
+    limits = options.limits(max_image_pixels)
     local = partial(_local, device=device, limits=limits, trust_remote_code=trust_remote_code, trusted=trusted)
-    with _served(tag, url, connections) if url else local(str(tag), precision=precision) as source:
-        evaluation = measure(source)
-    report = {"model": source.name, "annotations": written(str(annotations)), **evaluation.to_dict()}
+    report: dict[str, Any] = {"annotations": written(str(annotations))}
     comparison = None
-    if other is not None:
-        with local(other, precision="fp32") as source:
-            against = measure(source)
-        comparison = compare(evaluation, against, resamples=resamples, seed=seed)
-        report["comparison"] = {"with": {"model": source.name, **against.to_dict()}, **comparison.to_dict()}
+    with ExitStack() as stack:
+        source = stack.enter_context(_served(tag, url, connections) if url else local(str(tag), precision=precision))
+        against = None if other is None else stack.enter_context(local(other, precision="fp32"))
+        for each in filter(None, (source, against)):  # before one of them runs for hours
+            _check_names(truth, each)
+        evaluation = measure(source)
+        report = {"model": source.name, **report, **evaluation.to_dict()}
+        if against is not None:
+            evaluated = measure(against)
+            comparison = compare(evaluation, evaluated, resamples=resamples, seed=seed)
+            report["comparison"] = {"with": {"model": against.name, **evaluated.to_dict()}, **comparison.to_dict()}
     _show(report, evaluation, comparison, json_file)
 
 
@@ -131,6 +139,24 @@ def _check_target(tag: str | None, url: str | None, other: str | None, json_file
         raise InvalidArgumentError(f"{json_file} is a folder; give another --json", value=str(json_file))
     if other is not None:
         get(other)
+
+
+def _refuse_given(*names: str) -> None:
+    """Refuses options that say how a model runs in this process, where none does that they could be for."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidArgumentError(f"{option} is not for a service, which runs as it was started; leave it out", value=name)
+
+
+def _check_names(truth: GroundTruth, source: _Source) -> None:
+    from bentoml_detectron.evaluation import check_names
+
+    try:
+        check_names(truth, source.thing_classes, source.stuff_classes)
+    except InvalidArgumentError as exc:
+        raise InvalidArgumentError(f"{source.name}: {exc}", value=exc.value) from exc
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -186,7 +212,8 @@ def _served(tag: str | None, url: str, connections: int) -> Iterator[_Source]:
             if str(get(tag).tag) != info["tag"]:
                 raise InvalidArgumentError(f"{url} serves {info['tag']}, not {tag}; leave out the tag", value=info["tag"])
         things, stuff = (list(info.get(name) or []) for name in ("thing_classes", "stuff_classes"))
-        yield _Source(f"{info['tag']} at {url}", things, stuff, service.predict)
+        precision = "" if info["precision"] == "fp32" else f" in {info['precision']}"
+        yield _Source(f"{info['tag']} at {url}{precision}", things, stuff, service.predict)
 
 
 def _measured(truth: GroundTruth, files: list[Path], evaluate: Callable[..., Evaluation], source: _Source) -> Evaluation:
@@ -196,10 +223,17 @@ def _measured(truth: GroundTruth, files: list[Path], evaluate: Callable[..., Eva
 
 
 def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file: Path | None) -> None:
+    """Writes the report and shows it; where one of the two cannot be done, the other is."""
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if str(json_file) == "-":
         click.echo(text, nl=False)
         return
+    fault = None
+    if json_file is not None:
+        try:
+            _write(text, json_file)
+        except InvalidArgumentError as exc:  # the disk may be full
+            fault = exc
     from bentoml_detectron.evaluation.report import tables
 
     head = report["model"] if comparison is None else f"{report['model']} against {report['comparison']['with']['model']}"
@@ -208,8 +242,10 @@ def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file
         _print(table)
     for note in evaluation.notes:
         click.echo(f"note: {note}")
-    if json_file is not None:  # last, as the disk may be full
-        _write(text, json_file)
+    for task in evaluation.tasks.keys() ^ (evaluation.tasks if comparison is None else comparison.metrics).keys():
+        click.echo(f"note: {task} is not compared: one of the two has none")
+    if fault is not None:
+        raise fault
 
 
 def _write(text: str, path: Path) -> None:
@@ -235,10 +271,15 @@ def _print(table: Table) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    drawn = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for place, name in enumerate(table.header):
-        drawn.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+    # As texts, in which square brackets are nothing but that. Names are folded where it is narrow, numbers never.
+    drawn = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
+    for place, column in enumerate(zip(table.header, *table.rows, strict=True)):
+        if place == 0:
+            drawn.add_column(Text(column[0]), overflow="fold")
+        else:
+            drawn.add_column(Text(column[0]), justify="right", min_width=max(map(len, column)))
     for row in table.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(Text, row))
     Console().print(drawn)

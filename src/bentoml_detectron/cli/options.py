@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from bentoml_detectron.options import PRECISIONS
+
+if TYPE_CHECKING:
+    from bentoml_detectron.images import Limits
 
 _T = TypeVar("_T")
 
@@ -26,6 +29,13 @@ trust_remote_code = click.option("--trust-remote-code", is_flag=True, help="Impo
 trusted = click.option(
     "--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable."
 )
+
+
+def limits(max_image_pixels: int) -> Limits:
+    """Limits of images of so many pixels, and of as many bytes as such an image has in the largest of the formats, BMP."""
+    from bentoml_detectron.images import DEFAULT_LIMITS, Limits
+
+    return Limits(max_pixels=max_image_pixels, max_bytes=max(DEFAULT_LIMITS.max_bytes, 4 * max_image_pixels))
 
 
 def watched(items: Iterable[_T], title: str, count: int) -> Iterable[_T]:

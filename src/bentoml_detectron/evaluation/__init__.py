@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,14 +64,18 @@ def evaluate(
         truth = truths.read(truth, panoptic_root=panoptic_root)
     if classes is not None:
         truth = truths.chosen(truth, classes)
-    notes = _checked_names(truth, thing_classes, stuff_classes)
+    notes = check_names(truth, thing_classes, stuff_classes)
     collector = _collector(truth, thing_classes, stuff_classes, keypoint_sigmas)
     places = {each.id: place for place, each in enumerate(truth.images)}
     left = dict.fromkeys(places)
-    for image_id, found in predictions.items() if isinstance(predictions, Mapping) else predictions:
+    for image_id, found in _pairs(predictions):
         if image_id not in left:
             fault = "is there twice" if image_id in places else f"is none of {truth.source}"
             raise InvalidArgumentError(f"the prediction of image {image_id!r} {fault}", value=image_id)
+        if not isinstance(found, Detections):
+            raise InvalidArgumentError(
+                f"the prediction of image {image_id!r} is {type(found).__name__}; give Detections", value=image_id
+            ) from (found if isinstance(found, Exception) else None)
         place = places[image_id]
         due = truth.images[place].size
         if due is not None and found.image_size != due:
@@ -90,13 +94,26 @@ def evaluate(
     return Evaluation(tuple(places), tasks, (*notes, *collector.notes))
 
 
-def _checked_names(truth: GroundTruth, thing_classes: Sequence[str] | None, stuff_classes: Sequence[str] | None) -> list[str]:
-    """Notes on classes that the ground truth has not; an error where the model lacks one."""
+def _pairs(predictions: Any) -> Iterator[tuple[ImageId, Detections]]:
+    for each in predictions.items() if isinstance(predictions, Mapping) else predictions:
+        if not isinstance(each, (tuple, list)) or len(each) != 2:
+            raise InvalidArgumentError(
+                f"a prediction is {type(each).__name__}; give pairs of an image id and its Detections, or a mapping", value=each
+            )
+        yield each[0], each[1]
+
+
+def check_names(truth: GroundTruth, thing_classes: Sequence[str] | None, stuff_classes: Sequence[str] | None) -> list[str]:
+    """Notes on classes that the ground truth has not.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) The model lacks one that it has.
+    """
     extra = []
     if thing_classes and truth.categories:
-        extra += truths.check_names(truth, thing_classes, is_thing=True)
+        extra += truths.check_names(truth, thing_classes, is_thing=True, others=stuff_classes or ())
     if stuff_classes and truth.kind == "panoptic":
-        extra += truths.check_names(truth, stuff_classes, is_thing=False)
+        extra += truths.check_names(truth, stuff_classes, is_thing=False, others=thing_classes or ())
     if not extra:
         return []
     return [f"of the model's classes, {truths.listed(map(repr, extra))} are not evaluated: {truth.source} has none of these"]
@@ -113,5 +130,5 @@ def _collector(
     if truth.kind == "instances":
         return average_precision.Instances(truth, keypoint_sigmas, with_names=bool(thing_classes))
     if truth.kind == "panoptic":
-        return segmentation.Panoptic(truth)
+        return segmentation.Panoptic(truth, with_things=bool(thing_classes), with_stuff=bool(stuff_classes))
     return segmentation.Semantic(truth, stuff_classes or thing_classes)

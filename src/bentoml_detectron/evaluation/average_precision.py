@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from bentoml_detectron.errors import DependencyMissingError, InvalidArgumentError
 from bentoml_detectron.evaluation.ground_truth import Category, GroundTruth, ImageId, Picture, listed
 from bentoml_detectron.evaluation.statistics import Task
+from bentoml_detectron.masks import check
 from bentoml_detectron.results import Detections
 
 KINDS = {"box": "bbox", "mask": "segm", "keypoint": "keypoints"}
@@ -75,14 +77,19 @@ class Matches:
 
     def _of_class(self, each: _Class, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         due = weights @ each.instances
-        if not len(each.image):
+        if not each.is_true.any():
             return np.where(due[:, None] > 0, np.zeros((1, len(COLUMNS))), np.nan)
-        times = weights[:, None, each.image]
-        true = np.cumsum(times * each.is_true, axis=2)
-        false = np.cumsum(times * each.is_false, axis=2)
+        # What is right at no threshold adds no recall, and what is before it has better precision: no maximum is there.
+        at = np.flatnonzero(each.is_true.any(axis=0))
+        times = weights[:, each.image]
+        true = np.cumsum(times[:, None, at] * each.is_true[:, at], axis=2)
+        counted = each.is_true | each.is_false
+        ignored = np.flatnonzero(~counted.all(axis=0))
+        left_out = np.cumsum(times[:, None, ignored] * ~counted[:, ignored], axis=2)
+        left_out = np.pad(left_out, ((0, 0), (0, 0), (1, 0)))[:, :, np.searchsorted(ignored, at, side="right")]
         with np.errstate(divide="ignore", invalid="ignore"):
             recall = true / due[:, None, None]
-        precision = true / (true + false + np.spacing(1))
+        precision = true / (np.cumsum(times, axis=1)[:, None, at] - left_out + np.spacing(1))
         best = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
         # COCOeval asks for the precision at 101 recalls, each where it is first reached.
         reached = np.searchsorted(self.recalls, recall, side="right")
@@ -98,6 +105,7 @@ class Instances:
     """Takes each image's detections, and measures what they and the annotations have: boxes, masks, keypoints."""
 
     def __init__(self, truth: GroundTruth, keypoint_sigmas: Sequence[float] | None, *, with_names: bool) -> None:
+        _pycocotools()  # it may not be there, and predictions may take hours
         self.notes: list[str] = []
         self._with_names = with_names  # which have been looked for in the ground truth
         self._truth = truth
@@ -108,7 +116,8 @@ class Instances:
         self._unknown: dict[str, None] = {}
         self._rows: list[dict[str, Any]] = []
         self._sizes: list[tuple[int, int]] = [(0, 0)] * len(truth.images)
-        self._with_masks = self._with_keypoints = True
+        # Whether there are "masks" and "keypoints", of images with detections, and of those without any.
+        self._with: dict[tuple[str, bool], set[bool]] = defaultdict(set)
         self._keypoints: set[int] = set()
         self._posed = _posed(truth.annotations)
         self._rle_sizes: dict[ImageId, set[tuple[int, int]]] = {each.id: set() for each in truth.images if each.size is None}
@@ -124,17 +133,27 @@ class Instances:
             raise InvalidArgumentError("the model's boxes are rotated; COCO's average precision is of upright ones")
         self._sizes[place] = found.image_size
         self._check_sizes(self._truth.images[place], found.image_size)
-        self._with_masks &= found.masks is not None
-        self._with_keypoints &= found.keypoints is not None
-        if self._with_masks and place == 0:  # and not when all else is done
+        self._with["masks", len(found) > 0].add(found.masks is not None)
+        self._with["keypoints", len(found) > 0].add(found.keypoints is not None)
+        if found.masks is not None and not self._rows:  # and not when all else is done
             self._check_masks()
-        if found.keypoints is not None and (count := found.keypoints.shape[1]) not in self._keypoints:
+        count = 0 if found.keypoints is None else found.keypoints.shape[1]
+        if count and count not in self._keypoints:
             self._keypoints.add(count)
             self._check_keypoints()
+        self._check_rles(self._truth.images[place], found)
         for name, label, row in zip(found.class_names, found.class_ids.tolist(), found.to_coco(place), strict=True):
             category = self._category(name, label)
             if category is not None:
                 self._rows.append({**row, "category_id": category})
+
+    def _check_rles(self, image: Picture, found: Detections) -> None:
+        """Checks masks, which `Detections` takes as they are; pycocotools would not end on one that is cut short."""
+        for each in found.masks or ():
+            try:
+                check(each, found.image_size)
+            except InvalidArgumentError as exc:
+                raise InvalidArgumentError(f"{image.file_name}: {exc}", value=each) from exc
 
     def _check_sizes(self, image: Picture, size: tuple[int, int]) -> None:
         """Checks the RLEs of an image whose size the file does not have, for which no other mask would match them."""
@@ -151,6 +170,12 @@ class Instances:
             if name not in self._known:
                 self._unknown[name] = None
             return self._ids.get(name)
+        if self._with_names:
+            raise InvalidArgumentError(
+                f"the model has names, and found the class {label} without one; name all classes. (What an RPN alone proposes "
+                "has no class, and no average precision)",
+                value=label,
+            )
         self._note("the model carries no class names: its ids are the places of the categories, in the order of their ids")
         if label >= len(self._every):
             raise InvalidArgumentError(
@@ -171,19 +196,28 @@ class Instances:
             unknown = listed(map(repr, self._unknown))
             self._note(f"what is found of {unknown} is left out: {self._truth.source} has no such class")
         tasks = {"box": self._measured("box", self._rows, annotations, None)}
-        if self._with_masks and self._has_masks():
-            # With "bbox", the areas of boxes would stand for those of masks.
-            rows = [{key: value for key, value in row.items() if key != "bbox"} for row in self._rows]
-            tasks["mask"] = self._measured("mask", rows, annotations, None)
-        elif self._with_masks:
-            self.notes.append(f"{self._truth.source} has no segmentations, so there is no AP of masks")
-        if self._with_keypoints and self._keypoints and self._posed:
-            tasks["keypoint"] = self._measured("keypoint", self._rows, self._posed, self._of_keypoints())
-        elif self._with_keypoints and self._keypoints:
-            self.notes.append(f"{self._truth.source} has no keypoints, so there is no AP of these")
+        if self._everywhere("masks"):
+            if self._has_masks():
+                # With "bbox", the areas of boxes would stand for those of masks.
+                rows = [{key: value for key, value in row.items() if key != "bbox"} for row in self._rows]
+                tasks["mask"] = self._measured("mask", rows, annotations, None)
+            else:
+                self.notes.append(f"{self._truth.source} has no segmentations, so there is no AP of masks")
+        if self._everywhere("keypoints") and self._keypoints:
+            if self._posed:
+                tasks["keypoint"] = self._measured("keypoint", self._rows, self._posed, self._of_keypoints())
+            else:
+                self.notes.append(f"{self._truth.source} has no keypoints, so there is no AP of these")
         elif self._sigmas is not None:
             self.notes.append("the model finds no keypoints, so keypoint_sigmas say nothing")
         return tasks
+
+    def _everywhere(self, what: str) -> bool:
+        """Whether all detections have it, or would; a note where only some have."""
+        found = self._with[what, True] or self._with[what, False]
+        if len(found) > 1:
+            self.notes.append(f"detections of some images have {what}, of others not, so there is no AP of {what}")
+        return found == {True}
 
     def _has_masks(self) -> bool:
         return all(each.get("segmentation") for each in self._truth.annotations)
@@ -267,12 +301,7 @@ def _area(annotation: Mapping[str, Any]) -> float:
 
 def _evaluated(dataset: dict[str, Any], rows: Sequence[Mapping[str, Any]], kind: str, sigmas: Any) -> Any:
     """A COCOeval that has summarized."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ModuleNotFoundError as exc:
-        raise DependencyMissingError("this needs pycocotools: pip install 'bentoml-detectron[evaluate]'") from exc
-    quiet_coco, quiet_cocoeval = _quiet(COCO), _quiet(COCOeval)
+    quiet_coco, quiet_cocoeval = map(_quiet, _pycocotools())
     truth = quiet_coco()
     truth.dataset = dataset
     truth.createIndex()
@@ -289,6 +318,20 @@ def _evaluated(dataset: dict[str, Any], rows: Sequence[Mapping[str, Any]], kind:
     evaluation.accumulate()
     evaluation.summarize()
     return evaluation
+
+
+def _pycocotools() -> tuple[Any, Any]:
+    """COCO and COCOeval.
+
+    Raises:
+        DependencyMissingError: They are not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ModuleNotFoundError as exc:
+        raise DependencyMissingError("this needs pycocotools: pip install 'bentoml-detectron[evaluate]'") from exc
+    return COCO, COCOeval
 
 
 def _quiet(kind: type) -> Any:

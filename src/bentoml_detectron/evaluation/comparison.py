@@ -7,8 +7,10 @@ measured on the same images of each draw. Metrics are accumulated from the match
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from bentoml_detectron.evaluation.statistics import Evaluation, Task, plain
 
 _DRAWS = 50
 """Resamples that are worked on at once."""
+_FEWEST_DRAWS = 20
+"""Resamples below which there is no interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def compare(
     Args:
         evaluation: Of one model.
         other: Of the one that it is compared with; a difference above 0 says that this one is worse.
-        resamples: How often images are drawn, 1 or more.
+        resamples: How often images are drawn, 1 or more; of fewer than 20 there are no intervals, nor of one image.
         seed: Of the draws; the same gives the same intervals.
         confidence: Between 0 and 1.
 
@@ -91,9 +95,11 @@ def compare(
         The differences of the tasks that both have.
 
     Raises:
-        InvalidArgumentError: (``ValueError``) They are of different images or classes, or an argument is out of range.
+        InvalidArgumentError: (``ValueError``) They are of different images, classes or annotations, or an argument is out of
+            range.
     """
-    if resamples < 1 or not 0 < confidence < 1 or seed < 0:
+    numbers = isinstance(resamples, int) and isinstance(seed, int)
+    if not numbers or resamples < 1 or not 0 < confidence < 1 or seed < 0:
         raise InvalidArgumentError(
             f"resamples={resamples}, seed={seed}, confidence={confidence}; give 1 or more, 0 or more, and one between 0 and 1",
             value=(resamples, seed, confidence),
@@ -108,6 +114,8 @@ def compare(
         one, two = evaluation.tasks[name], other.tasks[name]
         if one.classes != two.classes:
             raise InvalidArgumentError(f"{name}: the evaluations are of different classes; evaluate both on the same")
+        if one.counts != two.counts:
+            raise InvalidArgumentError(f"{name}: the evaluations are of different annotations; evaluate both on the same")
         draws = np.random.default_rng(seed)  # the same for each task
         metrics[name], per_class[name] = _differences(one, two, draws, len(evaluation.images), resamples, confidence)
     return Comparison(metrics, per_class, resamples, seed, confidence)
@@ -126,14 +134,15 @@ def _differences(
         of_classes.append(classes - other_classes)
         for name, values in means.items():
             of_means.setdefault(name, []).append(values - other_means[name])
+    tail = _tail(images, resamples, confidence)
     found = {
-        name: _difference(one.metrics[name] - two.metrics[name], np.concatenate(parts), confidence)
+        name: _difference(one.metrics[name] - two.metrics[name], np.concatenate(parts), tail)
         for name, parts in of_means.items()
     }
     exact, drawn = one.per_class - two.per_class, np.concatenate(of_classes)
     per_class = {
         name: {
-            column: _difference(float(exact[row, place]), drawn[:, row, place], confidence)
+            column: _difference(float(exact[row, place]), drawn[:, row, place], tail)
             for place, column in enumerate(one.columns)
         }
         for row, name in enumerate(one.classes)
@@ -141,10 +150,32 @@ def _differences(
     return found, per_class
 
 
-def _difference(value: float, drawn: NDArray[np.float64], confidence: float) -> Difference:
-    """A difference with the interval of what was drawn, where anything was to measure."""
-    there = drawn[~np.isnan(drawn)]
-    if not len(there):
-        return Difference(value, float("nan"), float("nan"))
-    low, high = np.quantile(there, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _tail(images: int, resamples: int, confidence: float) -> float | None:
+    """The part of the draws to leave out at each end; None where there are too few of them, or one image alone.
+
+    Percentiles of few images' draws are too near to each other. So the interval is that of Hesterberg's "expanded percentiles"
+    ("What Teachers Should Know About the Bootstrap", The American Statistician 69, 2015): wider, as Student's t is wider than
+    the normal distribution.
+    """
+    if images < 2 or resamples < _FEWEST_DRAWS:
+        return None
+    normal = NormalDist()
+    z, v = normal.inv_cdf((1 + confidence) / 2), images - 1
+    # Student's quantile by Cornish and Fisher: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5.
+    t = (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
+    )
+    return normal.cdf(-t * math.sqrt(images / v))
+
+
+def _difference(value: float, drawn: NDArray[np.float64], tail: float | None) -> Difference:
+    """A difference with the interval of what was drawn, where there is one."""
+    if tail is None or np.isnan(drawn).all():
+        return Difference(float(value), float("nan"), float("nan"))
+    # Draws without a class tell of no difference. Without them, what is on a single image would be in each of the others.
+    low, high = np.quantile(np.nan_to_num(drawn), [tail, 1 - tail])
     return Difference(float(value), float(low), float(high))

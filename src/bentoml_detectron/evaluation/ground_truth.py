@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 import difflib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from bentoml_detectron import masks
 from bentoml_detectron.errors import ImageError, InvalidArgumentError
@@ -54,7 +56,7 @@ class GroundTruth:
         source: Where it comes from, for messages.
         images: In the order of their ids.
         categories: In the order of their ids; none of semantic maps, whose pixels are the model's class ids.
-        annotations: COCO's, of instances one each, of panoptic segments one an image.
+        annotations: COCO's, of instances one each, of panoptic segments one an image; of semantic maps their files.
         folder: Of the PNGs, where there are any.
         every: All of the file's categories, also where some were `chosen`.
     """
@@ -81,7 +83,7 @@ class GroundTruth:
             raise ImageError(f"{folder} is no folder; give that of the images", value=str(folder))
         there = self._by_stem(folder) if self.kind == "semantic" else {}
         found = {each.id: there.get(each.file_name, folder / each.file_name) for each in self.images}
-        if absent := [path.name for path in found.values() if not _is_file(path)]:
+        if absent := [each.file_name for each in self.images if not _is_file(found[each.id])]:
             raise ImageError(
                 f"{listed(absent)} of {self.source} {_is_are(absent)} not in {folder}; give the folder with its images",
                 value=absent,
@@ -94,7 +96,7 @@ class GroundTruth:
         maps = self.folder is not None and self.folder.resolve() == folder.resolve()
         there: dict[str, Path] = {}
         for path in sorted(folder.iterdir()):
-            is_image = path.suffix.lower() in SUFFIXES and not (maps and path.suffix == _MAP)
+            is_image = path.suffix.lower() in SUFFIXES and not (maps and path.suffix.lower() == _MAP)
             if not is_image or path.stem not in due:
                 continue
             if path.stem in there:
@@ -146,13 +148,14 @@ def listed(names: Iterable[object]) -> str:
     return ", ".join(texts[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def check_names(truth: GroundTruth, names: Sequence[str], *, is_thing: bool) -> list[str]:
+def check_names(truth: GroundTruth, names: Sequence[str], *, is_thing: bool, others: Sequence[str] = ()) -> list[str]:
     """Checks that a model has each of a ground truth's classes of things, or of stuff, by its name.
 
     Args:
         truth: The ground truth.
         names: The model's, by contiguous id.
         is_thing: Whether they are things'.
+        others: The model's other names: stuff's, or things'.
 
     Returns:
         Names of the model's classes that the ground truth has not.
@@ -163,6 +166,12 @@ def check_names(truth: GroundTruth, names: Sequence[str], *, is_thing: bool) -> 
     due = [each.name for each in truth.categories if each.is_thing is is_thing]
     known = Counter(names)
     if absent := [name for name in due if name not in known]:
+        if absent[0] in others:
+            ours, theirs = ("a thing", "stuff") if is_thing else ("stuff", "a thing")
+            raise InvalidArgumentError(
+                f"{absent[0]!r} is {ours} in {truth.source}, {theirs} to the model; 'isthing' in the file, 1 or 0, says which",
+                value=absent,
+            )
         near = difflib.get_close_matches(absent[0], known, 3) or list(known)
         raise InvalidArgumentError(
             f"the model has no class {listed(map(repr, absent))} of {truth.source}; it has {listed(near)}. Name them alike, or "
@@ -201,10 +210,13 @@ def _is_are(names: Sequence[object]) -> str:
 
 
 def _of_folder(folder: Path) -> GroundTruth:
-    names = sorted(path.stem for path in folder.glob(f"*{_MAP}"))
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() == _MAP)
+    names = [path.stem for path in paths]
     if not names:
         raise InvalidArgumentError(f"{folder} holds no PNG; give a folder of semantic maps", value=str(folder))
-    return GroundTruth("semantic", folder.name, tuple(Picture(name, name) for name in names), folder=folder)
+    _check_once("map", names, folder.name)
+    maps = tuple({"file_name": path.name} for path in paths)
+    return GroundTruth("semantic", folder.name, tuple(Picture(name, name) for name in names), annotations=maps, folder=folder)
 
 
 def _of_content(content: Any, source: str, panoptic_root: str | Path | None) -> GroundTruth:
@@ -215,7 +227,7 @@ def _of_content(content: Any, source: str, panoptic_root: str | Path | None) -> 
         categories = sorted((_category(each) for each in content["categories"]), key=lambda each: each.id)
         is_panoptic = any("segments_info" in each for each in content["annotations"])
         annotations = [dict(each) for each in content["annotations"]]
-    except (KeyError, TypeError, ValueError, OverflowError) as exc:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
         raise InvalidArgumentError(f"{source} is no COCO annotation file: {exc!r}", value=source) from exc
     if not images or not categories:
         what = "image" if not images else "category"
@@ -239,15 +251,24 @@ _LISTS = ("images", "annotations", "categories")
 
 def _picture(given: dict[str, Any]) -> Picture:
     size = (int(given["height"]), int(given["width"])) if given.get("height") and given.get("width") else None
-    if not isinstance(given["id"], (int, str)):
-        raise TypeError(f"the image id {given['id']!r} is neither a number nor a string")
-    return Picture(given["id"], str(given["file_name"]), size)
+    image_id = _id(given["id"])
+    if image_id is None:
+        raise TypeError(f"the image id {given['id']!r} is neither a whole number nor a string")
+    return Picture(image_id, str(given["file_name"]), size)
 
 
 def _category(given: dict[str, Any]) -> Category:
-    if int(given["id"]) != given["id"]:
+    category_id = _id(given["id"])
+    if not isinstance(category_id, int):
         raise ValueError(f"the category id {given['id']!r} is no whole number")
-    return Category(int(given["id"]), str(given["name"]), bool(given.get("isthing", 1)))
+    return Category(category_id, str(given["name"]), bool(given.get("isthing", 1)))
+
+
+def _id(value: object) -> ImageId | None:
+    """An id, which other tools write as 1.0, too, or give as NumPy's number; None for what is none."""
+    if isinstance(value, (float, np.integer, np.floating)):
+        return int(value) if float(value).is_integer() else None
+    return value if isinstance(value, (int, str)) else None
 
 
 def _check_once(what: str, values: Iterable[object], source: str) -> None:
@@ -262,16 +283,18 @@ def _check_instances(
     sizes, category_ids = {each.id: each.size for each in images}, {each.id for each in categories}
     for place, each in enumerate(annotations):
         fault = None
-        box = each.get("bbox")
-        if not isinstance(each.get("image_id"), (int, str)) or each["image_id"] not in sizes:
+        box: Any = each.get("bbox")
+        segmentation = each.get("segmentation")
+        image_id, category_id = _id(each.get("image_id")), _id(each.get("category_id"))
+        if image_id not in sizes:
             fault = f"is of the image {each.get('image_id')!r}, which is not there"
-        elif not _is_one_of(each.get("category_id"), category_ids):
+        elif category_id not in category_ids:
             fault = f"is of the category {each.get('category_id')!r}, which is not there"
-        elif not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(number) for number in box):
+        elif not _are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
             fault = f"has the box {box!r:.80}; it should be x, y, width, height"
-        elif each.get("segmentation") and not _is_mask(each["segmentation"], sizes[each["image_id"]]):
-            fault = "has a segmentation that is neither polygons of three points and more nor an RLE of its image's size"
-        elif "area" in each and not _is_number(each["area"]):
+        elif segmentation and not _is_mask(segmentation, sizes[image_id]):
+            fault = "has a segmentation that is neither polygons nor an RLE of its image's size"
+        elif "area" in each and not (_is_number(each["area"]) and each["area"] >= 0):
             fault = f"has the area {each['area']!r:.80}; it should be a number of pixels"
         elif "keypoints" in each and not _are_points(each["keypoints"]):
             fault = "has keypoints that are not x, y, visibility of each"
@@ -279,26 +302,27 @@ def _check_instances(
             fault = f"has iscrowd {each['iscrowd']!r:.80}; it should be 0 or 1"
         if fault:
             raise InvalidArgumentError(f"{source}: the annotation {each.get('id', place)!r} {fault}", value=each.get("id"))
-        each["bbox"] = list(each["bbox"])
-        each["iscrowd"] = int(bool(each.get("iscrowd")))
-        if "keypoints" in each:
+        each.update(image_id=image_id, category_id=category_id, bbox=list(box), iscrowd=int(bool(each.get("iscrowd"))))
+        if isinstance(segmentation, list):  # two points have no inside; Detectron2 leaves them out as well
+            each["segmentation"] = [list(polygon) for polygon in segmentation if len(polygon) >= 6]
+        if "keypoints" in each and not isinstance(each.get("num_keypoints"), int):
             each["num_keypoints"] = sum(visibility > 0 for visibility in each["keypoints"][2::3])
 
 
-def _is_one_of(value: object, ids: Collection[int]) -> bool:
-    return isinstance(value, (int, float)) and value in ids
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, NumPy's too, that is finite and no coordinate of another planet."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_number and bool(-1e9 < value < 1e9)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # not NaN, not infinite
+def _are_numbers(given: object) -> bool:
+    return isinstance(given, (list, tuple, np.ndarray)) and all(map(_is_number, given))
 
 
 def _is_mask(given: object, size: tuple[int, int] | None) -> bool:
     if isinstance(given, dict):
         return _is_rle(given, size)
-    return isinstance(given, list) and all(
-        isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 and all(map(_is_number, each)) for each in given
-    )
+    return isinstance(given, list) and all(_are_numbers(each) and len(each) % 2 == 0 for each in given)
 
 
 def _is_rle(given: Mapping[str, Any], image_size: tuple[int, int] | None) -> bool:
@@ -318,14 +342,14 @@ def _is_rle(given: Mapping[str, Any], image_size: tuple[int, int] | None) -> boo
 
 
 def _are_points(given: object) -> bool:
-    return isinstance(given, list) and len(given) % 3 == 0 and all(map(_is_number, given))
+    return isinstance(given, list) and len(given) % 3 == 0 and _are_numbers(given)
 
 
 def _check_panoptic(
     annotations: Sequence[dict[str, Any]], images: Sequence[Picture], categories: Sequence[Category], source: str
 ) -> None:
     category_ids = {each.id for each in categories}
-    of_image = Counter(each.get("image_id") for each in annotations if isinstance(each.get("image_id"), (int, str)))
+    of_image = Counter(_id(each.get("image_id")) for each in annotations)
     if absent := [each.file_name for each in images if of_image[each.id] != 1]:
         raise InvalidArgumentError(f"{source} has not one annotation of each image: see {listed(absent)}", value=absent)
     for each in annotations:
@@ -333,10 +357,13 @@ def _check_panoptic(
         if not isinstance(each.get("file_name"), str) or not isinstance(segments, list):
             raise InvalidArgumentError(f"{source}: the image {each.get('image_id')!r} has no PNG or no segments", value=source)
         for segment in segments:
-            if (
-                not isinstance(segment, dict)
-                or not isinstance(segment.get("id"), int)
-                or not _is_one_of(segment.get("category_id"), category_ids)
-            ):
-                raise InvalidArgumentError(f"{source}: the image {each['image_id']!r} has the segment {segment!r:.80}, of no "
-                                           "category that is there", value=segment)  # fmt: skip
+            fault = None
+            if not isinstance(segment, dict) or _id(segment.get("category_id")) not in category_ids:
+                fault = "of no category that is there"
+            elif not isinstance(segment.get("id"), int) or segment["id"] < 1:
+                fault = "whose id is no whole number of 1 or more; 0 is where nothing is known"
+            if fault:
+                raise InvalidArgumentError(
+                    f"{source}: the image {each['image_id']!r} has the segment {segment!r:.80}, {fault}", value=segment
+                )
+        _check_once(f"segment of the image {each['image_id']!r},", (segment["id"] for segment in segments), source)

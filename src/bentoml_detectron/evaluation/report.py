@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bentoml_detectron.evaluation.comparison import Comparison, Difference
-from bentoml_detectron.evaluation.statistics import Evaluation, Task
+from bentoml_detectron.evaluation.statistics import Evaluation
 
 __all__ = ["Table", "tables"]
 
@@ -30,17 +30,17 @@ class Table:
 
 
 def tables(evaluation: Evaluation, comparison: Comparison | None = None) -> Iterator[Table]:
-    """A table of each task's metrics and one of its classes; of a comparison one more each."""
+    """A table of all tasks' metrics and one of each task's classes; of a comparison one more each."""
+    metrics = dict.fromkeys(metric for task in evaluation.tasks.values() for metric in task.metrics)
+    over_all = tuple(
+        (each, *(_number(task.metrics.get(each, math.nan)) for task in evaluation.tasks.values())) for each in metrics
+    )
+    yield Table(f"all classes, {len(evaluation.images)} images", ("", *evaluation.tasks), over_all)
     for name, task in evaluation.tasks.items():
-        yield Table(f"{name}, {len(evaluation.images)} images", ("", *task.metrics), (_over_all(task),))
         rows = tuple((each, *map(_number, values), f"{count:,}") for each, values, count in task.rows())
         yield Table(f"{name}, by class", ("class", *task.columns, task.unit), rows)
         if comparison is not None and name in comparison.metrics:
             yield _differences(name, comparison)
-
-
-def _over_all(task: Task) -> tuple[str, ...]:
-    return ("all", *map(_number, task.metrics.values()))
 
 
 def _differences(task: str, comparison: Comparison) -> Table:

@@ -7,6 +7,7 @@ has, as in the ``SemSegEvaluator`` of Detectron2's main branch; that of version 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bentoml_detectron.errors import InvalidArgumentError
-from bentoml_detectron.evaluation.ground_truth import GroundTruth
+from bentoml_detectron.evaluation.ground_truth import GroundTruth, listed
 from bentoml_detectron.evaluation.statistics import Task, means
 from bentoml_detectron.panoptic import PanopticSegmentation
 from bentoml_detectron.results import VOID, Detections
@@ -58,13 +59,16 @@ class SemanticCounts:
 class Panoptic:
     """Takes each image's panoptic segmentation, and counts matched segments."""
 
-    def __init__(self, truth: GroundTruth) -> None:
+    def __init__(self, truth: GroundTruth, *, with_things: bool, with_stuff: bool) -> None:
         self.notes: list[str] = []
         self._truth = truth
+        self._with_names = {True: with_things, False: with_stuff}  # of which have been looked for in the ground truth
+        self._known = {(each.name, each.is_thing) for each in truth.every}
         self._place = {each.id: place for place, each in enumerate(truth.categories)}
         self._named = {(each.name, each.is_thing): place for place, each in enumerate(truth.categories)}
         self._counts = np.zeros((len(truth.images), len(truth.categories), 4))
         self._annotations = {each["image_id"]: each for each in truth.annotations}
+        self._unknown: dict[tuple[str, bool], None] = {}  # what was found: names, and whether things
 
     def add(self, place: int, found: Detections) -> None:
         """Takes what was found on the image at this place."""
@@ -72,6 +76,8 @@ class Panoptic:
             raise InvalidArgumentError(f"{self._truth.source} is panoptic, the model is not; give annotations of instances")
         if any(not each.class_name for each in found.panoptic.segments):
             raise InvalidArgumentError("the model's segments have no class names; save it with its classes' names")
+        classes = [(each.class_name, each.is_thing) for each in found.panoptic.segments]
+        self._unknown.update(dict.fromkeys(each for each in classes if each not in self._known))
         annotation = self._annotations[self._truth.images[place].id]
         due = _segment_ids(Path(self._truth.folder or ".") / annotation["file_name"], found.image_size)
         crowds = {each["id"]: each["category_id"] for each in annotation["segments_info"] if each.get("iscrowd")}
@@ -80,6 +86,16 @@ class Panoptic:
 
     def finish(self) -> dict[str, Task]:
         """The task, by its name."""
+        odd = [(name, is_thing) for name, is_thing in self._unknown if (name, not is_thing) in self._known]
+        if odd:
+            self.notes.append(
+                f"{listed(repr(name) for name, _ in odd)} {'is' if len(odd) == 1 else 'are'} stuff to one of the model and "
+                f"{self._truth.source}, a thing to the other, and left out; what is stuff has 'isthing': 0 in the file"
+            )
+        if unknown := [
+            repr(name) for name, is_thing in self._unknown if (name, is_thing) not in odd and not self._with_names[is_thing]
+        ]:
+            self.notes.append(f"what is found of {listed(unknown)} is left out: {self._truth.source} has no such class")
         things = tuple(each.is_thing for each in self._truth.categories)
         groups = {"{}": (True,) * len(things), "{}_things": things, "{}_stuff": tuple(not each for each in things)}
         names = [each.name for each in self._truth.categories]
@@ -140,7 +156,7 @@ class Semantic:
         """Takes what was found on the image at this place."""
         if found.semantic is None:
             raise InvalidArgumentError(f"{self._truth.source} is of semantic maps, the model gives none; give a COCO file")
-        path = Path(self._truth.folder or ".") / f"{self._truth.images[place].id}.png"
+        path = Path(self._truth.folder or ".") / self._truth.annotations[place]["file_name"]
         due = _pixels(path, found.image_size, 2)
         # Detectron2's own ignore labels: 255, and 65535 of datasets with more classes.
         is_known = due != (255 if found.semantic.dtype == np.uint8 else 65535)
@@ -159,7 +175,8 @@ class Semantic:
     def finish(self) -> dict[str, Task]:
         """The task, by its name."""
         length = max(len(each) for each in self._counts)
-        names = list(self._classes or ())
+        count = Counter(self._classes or ())
+        names = [name if count[name] == 1 else f"{name} ({number})" for number, name in enumerate(self._classes or ())]
         names += [str(number) for number in range(len(names), length)]
         counts = np.stack([np.pad(each, ((0, len(names) - len(each)), (0, 0))) for each in self._counts]).astype(np.float64)
         groups, pixels = {"m{}": (True,) * len(names)}, counts[:, :, 1].sum(axis=0)
@@ -205,7 +222,7 @@ def _pixels(path: Path, size: tuple[int, int], dimensions: int) -> NDArray[np.in
     try:
         with Image.open(path) as picture:
             pixels = np.asarray(picture).astype(np.int64)
-    except (OSError, ValueError, SyntaxError) as exc:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
         raise InvalidArgumentError(f"cannot read the map {path} ({exc}); give it as PNG", value=str(path)) from exc
     if pixels.shape != (*size, 3)[:dimensions]:
         what = "one value a pixel" if dimensions == 2 else "red, green and blue"
