@@ -47,7 +47,8 @@ class Remote:
             url: Of the service, with its path prefix if it has one.
             token: What the service asks for, if anything.
             connections: How many requests are under way at once, 1 or more. With one, each image is a batch of its own.
-            patience: Seconds for which a request that is refused is sent again and again, and most that an answer may take.
+            patience: Seconds for which a request that is refused is sent again and again, and most for which a service may say
+                nothing.
 
         Raises:
             InvalidArgumentError: (``ValueError``) The URL is none, or a number is out of range.
@@ -86,7 +87,7 @@ class Remote:
         answer = self._answer("GET", "/info", threading.Event())
         try:
             found = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or not isinstance(found.get("tag"), str):
             raise InvalidArgumentError(f"{self.url} is no service of bentoml-detectron: {answer.text!r:.80}", value=self.url)
@@ -150,9 +151,9 @@ class Remote:
             except httpx.ConnectError as exc:
                 raise InvalidArgumentError(f"nothing answers at {self.url} ({exc}); start the service, or give another URL",
                                            value=self.url) from exc  # fmt: skip
-            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as exc:
                 raise InvalidArgumentError(f"{self.url!r} is no URL of a service: {exc}", value=self.url) from exc
-            except httpx.TransportError as exc:  # a worker that ends closes its connections
+            except httpx.RequestError as exc:  # a worker that ends closes its connections
                 reason = f"the connection to {self.url} failed: {exc or type(exc).__name__}"
             else:
                 if answer.status_code == HTTPStatus.OK:
@@ -180,7 +181,7 @@ def _said(answer: httpx.Response) -> str:
     """The service's own words."""
     try:
         return str(answer.json()["error"]).removeprefix("image 0: ")[:500]  # a request has one
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"status {answer.status_code}"
 
 

@@ -230,6 +230,17 @@ def class_names(bento_model: Model) -> list[str]:
     return [] if dataset is None else [*(dataset.thing_classes or ()), *(dataset.stuff_classes or ())]
 
 
+def fingerprint(bento_model: Model) -> str:
+    """What tells a saved model from another of the same tag: that of its manifest, which has the digests of all its files.
+
+    Models that BentoML's adapter saved have none; of these it is when they were saved.
+    """
+    folder = Path(bento_model.path)
+    if (folder / manifest.MANIFEST).is_file():
+        return files.checksum(folder, manifest.MANIFEST)
+    return str(bento_model.creation_time)
+
+
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:
     """Finds a saved model and reads all of it but its weights; arguments and errors as in `load_model`."""
     if isinstance(bento_model, Model):

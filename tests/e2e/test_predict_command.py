@@ -150,6 +150,29 @@ def test_terminal_shows_a_bar_with_rate_and_estimate(digits_home, tmp_path):
     assert "0:00:00" in text  # what is left, at the end
 
 
+def test_run_that_is_interrupted_says_how_it_goes_on(digits_home, tmp_path):
+    output = tmp_path / "found.jsonl"
+    command = [*COMMAND, "-", "-o", str(output), "--chunk", "1"]
+    with subprocess.Popen(
+        command, env=settings(digits_home), stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (tmp_path / "found.jsonl.parts" / "lock").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)  # while it waits for the list
+        assert process.stderr.read() == "Error: interrupted; what is finished is kept: go on with --resume\n"
+    assert process.returncode == 130
+    assert predicted(digits_home, "-", "-o", output, "--resume", stdin=f"{IMAGES[0]}\n").returncode == 0
+
+
+def test_names_of_files_cannot_write_lines_of_their_own(digits_home, tmp_path):
+    (tmp_path / "a\nError: b\x1b[31m.jpg").write_text("no picture")
+    result = predicted(digits_home, tmp_path, IMAGES[0], "-o", tmp_path / "found.jsonl")
+    assert result.returncode == 3
+    assert result.stderr.splitlines()[1].startswith(f"{tmp_path}/a\\nError: b\\x1b[31m.jpg: it is text; ")
+    assert len(result.stderr.splitlines()) == 3
+
+
 def test_url_is_refused_in_one_line(digits_home, tmp_path):
     result = predicted(digits_home, "https://example.com/a.jpg", "--output", tmp_path / "found.json")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

@@ -8,9 +8,11 @@ import os
 import shutil
 from pathlib import Path
 
+import bentoml
 import numpy as np
 import orjson
 import pytest
+import torch
 from PIL import Image
 
 import bentoml_detectron
@@ -113,6 +115,42 @@ def test_image_on_which_the_model_fails_takes_no_other_along(tmp_path, predictor
     source = [demo.images()[0], tmp_path / "black.png", demo.images()[1]]
     assert [each.image_id for each in predict(failing, source, on_error=failures.append)] == [1, 3]
     assert [each.reason for each in failures] == ["the model failed: RuntimeError: not this one"]
+
+
+class Breaking(Predictor):
+    """Fails on all images from some on, as where its GPU has met an error."""
+
+    def __init__(self, predictor: Predictor, good: int) -> None:
+        super().__init__(predictor.model, predictor.input, predictor.dataset)
+        self.left = good
+
+    def run(self, group, *arguments):
+        if self.left < len(group):
+            self.left = 0
+            raise RuntimeError("CUDA error:\nunspecified launch failure")
+        self.left -= len(group)
+        return super().run(group, *arguments)
+
+
+@pytest.mark.parametrize(("good", "due"), [(7, 7), (0, 0)])
+def test_model_that_works_no_more_ends_the_run_and_is_no_fault_of_the_images(predictor, good, due):
+    failures: list[Failure] = []
+    found = []
+    with pytest.raises(errors.DetectronError, match=r"^the model works no more \(RuntimeError: CUDA error: unspecified launch"):
+        found += predict(Breaking(predictor, good), itertools.cycle(demo.images()), chunk=1, on_error=failures.append)
+    del found
+    assert len(failures) == (0 if due else 19)
+
+
+def test_run_whose_model_works_no_more_goes_on_where_it_was(tmp_path, saved, mixed, monkeypatch):
+    load = bentoml_detectron.store.load_predictor
+    with monkeypatch.context() as patch:
+        patch.setattr("bentoml_detectron.store.load_predictor", lambda *given, **named: Breaking(load(*given, **named), 5))
+        with pytest.raises(errors.DetectronError, match=r"the model works no more.*go on with --resume"):
+            write(saved, mixed, tmp_path / "found.jsonl", chunk=2)
+    assert write(saved, mixed, tmp_path / "found.jsonl", chunk=2, resume=True).resumed >= 2
+    write(saved, mixed, tmp_path / "whole.jsonl", chunk=2)
+    assert (tmp_path / "found.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def parquet_of(folder: Path, path: Path) -> Path:
@@ -298,6 +336,28 @@ def test_limits_are_the_callers(tmp_path, saved, mixed):
         predict(load_predictor(saved), mixed, limits=few)
 
 
+def test_pictures_have_the_callers_limits_too(tmp_path, saved):
+    """A picture is drawn on an image that is read again."""
+    Image.new("RGB", (4300, 4300)).save(tmp_path / "large.bmp")
+    assert (tmp_path / "large.bmp").stat().st_size > Limits().max_bytes
+    outputs = [tmp_path / "found.jsonl", tmp_path / "pictures"]
+    assert write(saved, tmp_path / "large.bmp", outputs, limits=Limits(max_bytes=60_000_000)).failures == 0
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+
+
+def test_run_does_not_go_on_with_another_model_of_the_same_tag(tmp_path, mixed):
+    predictor = demo.predictor()
+    tag = save_model("dataset-again:1", predictor).tag
+    with pytest.raises(Ended):
+        write(tag, mixed, tmp_path / "found.jsonl", chunk=2, progress=Ending(5))
+    bentoml.models.delete(tag)
+    with torch.no_grad():
+        next(predictor.model.parameters()).mul_(1.01)
+    save_model("dataset-again:1", predictor)
+    with pytest.raises(errors.OutputError, match=r"the unfinished run in .* is another one: fingerprint was"):
+        write(tag, mixed, tmp_path / "found.jsonl", chunk=2, resume=True)
+
+
 def test_numbers_may_be_numpys_and_lists_are_no_texts(tmp_path, saved, mixed):
     options = {"score_threshold": np.float32(0.5), "top_k": np.int64(1), "classes": [np.int64(4), "7"]}
     write(saved, mixed, tmp_path / "found.jsonl", **options)
@@ -326,6 +386,8 @@ def test_what_is_there_is_not_overwritten(tmp_path, saved, mixed):
         write(saved, mixed, [output, tmp_path / "more.json"], resume=True)
     assert write(saved, mixed, output, resume=True).images == 0
     assert output.read_text() == "precious"
+    with pytest.raises(errors.OutputError, match="/dev/null: no regular file can appear there; give another name"):
+        write(saved, mixed, tmp_path / "new.jsonl", errors="/dev/null")
     assert [each.name for each in tmp_path.iterdir()] == ["found.jsonl"]
 
 

@@ -17,9 +17,14 @@ import pytest
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 
+import bentoml_detectron
 from bentoml_detectron import demo, errors, evaluate, load_predictor, save_model, threads
 from bentoml_detectron.dataset import Progress, parts, write
 from bentoml_detectron.dataset.on_ray import connect, shares
+from bentoml_detectron.dataset.sources import Dataset
+from bentoml_detectron.dataset.work import Work
+from bentoml_detectron.images import DEFAULT_LIMITS
+from bentoml_detectron.store import fingerprint
 from servers import BENTOML, free_port
 from support import tree
 
@@ -192,6 +197,29 @@ def test_run_goes_on_with_the_other_engine(folder, saved, connected):
     assert 0 < report.resumed == 20 - told.images
     write(saved, "photos", "whole.jsonl", chunk=2)
     assert Path("found.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_node_that_does_not_see_the_images_is_an_error_and_no_fault_of_theirs(folder, saved, connected):
+    """A process of the cluster works in another folder tree, where there is nothing."""
+    import ray
+
+    def elsewhere(work, listing, witness):
+        from bentoml_detectron.dataset.on_ray import _Place, _Worker
+
+        worker = _Worker(work, _Place(1, 0, bentoml_detectron.__version__), listing, witness)
+        return worker({"number": 0, "first": 1, "start": 0, "size": 1})["problem"]
+
+    listing = parts.Listing(folder / "sources", Dataset("photos"), 10)
+    (folder / "chunks").mkdir()
+    work = Work(
+        str(saved.tag), fingerprint(saved), "cpu", "fp32", False, (), DEFAULT_LIMITS, None, None, None, None, ("jsonl",),
+        folder=str(folder / "chunks"),
+    )  # fmt: skip
+    for there, gone in [(str(listing.path), "/nowhere/1.jpg"), ("/nowhere/list", None)]:
+        problem = ray.get(ray.remote(elsewhere).remote(work, there, gone)).decode()
+        assert f"the node 127.0.0.1 cannot read '{gone or there}', which the run's own can; all nodes need the same" in problem
+    assert list((folder / "chunks").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from bentoml_detectron import Detections, Prediction, demo, errors, masks
 from bentoml_detectron.dataset import Failure, formats, parquet_source, parts
 from bentoml_detectron.dataset.sources import Columns, Dataset, Item
+from bentoml_detectron.images import DEFAULT_LIMITS
 
 JPEG = demo.images()[0].read_bytes()
 
@@ -71,12 +73,47 @@ def test_what_is_left_out_is_in_no_folder_and_no_glob(folder, source, monkeypatc
     assert found == [each for each in before if "9.jpg" not in each]
 
 
+@pytest.mark.parametrize(("source", "due"), [("", 5), ("**/*.png", 1), ("b/**", 2)])
+def test_links_to_folders_are_not_followed_in_circles(folder, source, due):
+    (folder / "b" / "data.parquet").unlink()
+    (folder / "b" / "again").symlink_to(folder)
+    (folder / "b" / "once_more").symlink_to(folder / "b")
+    found = names(folder / source)
+    assert len(found) == due
+    assert not any("again" in each or "once_more" in each for each in found)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jpg", "**", "a/**", "*/**/*.jpg", "**/b/**/*.jpg", "a/**/c/*", "**/*", "a/b**/*"])
+@pytest.mark.parametrize("here", ["", "./", "../there/", "{}/"])
+def test_globs_with_two_stars_fit_what_pythons_do(tmp_path, monkeypatch, pattern, here):
+    there = tmp_path / "there"
+    for name in ("1.jpg", "a/2.jpg", "a/b/3.jpg", "a/b/c/4.jpg", "a/.hidden/5.jpg", "x[1]/y/6.jpg", "a/.7.jpg"):
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(JPEG)
+    monkeypatch.chdir(there)
+    pattern = here.format(there) + pattern
+    due = sorted(each for each in glob.glob(pattern, recursive=True) if Path(each).is_file())  # noqa: PTH207
+    assert due
+    assert names(pattern) == due
+
+
+@pytest.mark.parametrize("source", ["", "**/*.jpg"])
+def test_pictures_that_another_run_has_made_so_far_are_no_images(folder, source):
+    (folder / "first.jpg").write_bytes(JPEG)
+    before = names(folder / source)
+    with parts.held([folder / "pictures"]):
+        (folder / "pictures.parts/chunks/00000000/0").mkdir(parents=True)
+        (folder / "pictures.parts/chunks/00000000/0/0000001-x.jpg").write_bytes(JPEG)
+        assert names(folder / source) == before
+
+
+@pytest.mark.parametrize("source", ["", "**/*"])
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root reads everything")
-def test_folder_that_cannot_be_read_is_an_error_that_names_it(folder):
+def test_folder_that_cannot_be_read_is_an_error_that_names_it(folder, source):
     code = "import sys\nfrom bentoml_detectron.dataset.sources import Dataset\nprint(*list(Dataset(sys.argv[1])), sep='\\n')"
     (folder / "b").chmod(0)
     command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    result = subprocess.run([*command, sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    result = subprocess.run([*command, sys.executable, "-c", code, str(folder / source)], capture_output=True, text=True)
     assert f"the folder '{folder}/b' cannot be read (Permission denied); see to that" in result.stderr
     assert result.returncode == 1
 
@@ -104,6 +141,19 @@ def test_several_sources_come_in_their_order_with_positions_as_ids(folder):
 def test_list_on_stdin_names_images_as_they_are(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b.jpg\r\n\n*.png\n\xff.jpg")))
     assert names("-") == ["a b.jpg", "*.png", "\udcff.jpg"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfa.jpg\nb.jpg\n")))
+    assert names("-") == ["a.jpg", "b.jpg"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\0b.jpg\0")))
+    with pytest.raises(errors.InvalidArgumentError, match="the list has NULs in it; give a path a line"):
+        names("-")
+
+
+def test_what_is_no_source_is_an_error():
+    for source in (5, None):
+        with pytest.raises(errors.InvalidArgumentError, match="give a path, or a list of paths"):
+            Dataset(source)
+    with pytest.raises(errors.InvalidArgumentError, match="there are no sources"):
+        names([])
 
 
 @pytest.mark.parametrize("source", ["http://x.y/a.jpg", "s3://bucket/key", "data:image/png;base64,AAAA", "file:///a.jpg"])
@@ -251,7 +301,7 @@ COUNTS = st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=4)
 
 def joined(folder: Path, name: str, counts: list[list[int]], categories=None) -> tuple[Path, list[Prediction]]:
     """What a format makes of chunks of images with so many detections; -1 is an image that could not be used."""
-    writer, every, paths = formats.make(name, categories, False), [], []
+    writer, every, paths = formats.make(name, categories, False, DEFAULT_LIMITS), [], []
     for number, chunk in enumerate(counts):
         pieces = []
         for count in chunk:
@@ -342,7 +392,7 @@ def test_format_is_told_by_the_outputs_name(tmp_path):
     assert formats.named(Path("a.parquet")) == formats.DETECTION_ROWS
     assert formats.named(Path("a.parquet"), "image") == formats.IMAGE_ROWS
     assert formats.named(Path("pictures/")) == formats.PICTURES
-    for path, rows in [("a.csv", "image"), ("/", "image"), ("a.parquet", "mask")]:
+    for path, rows in [("a.csv", "image"), ("/", "image"), ("-", "image"), ("a.parquet", "mask")]:
         with pytest.raises(errors.InvalidArgumentError):
             formats.named(Path(path), rows)
 
@@ -373,3 +423,45 @@ def test_second_run_on_an_output_is_refused_and_the_first_ones_folder_stays(tmp_
         pass
     with pytest.raises(errors.OutputError, match=r"no folder '.*nowhere'"), parts.held([tmp_path / "nowhere/a.json"]):
         pass
+
+
+@pytest.mark.parametrize("theirs", [["notes.txt"], ["wheels/a.txt"], ["lock", "notes.txt"], ["chunks/a.txt"]])
+def test_folder_that_no_run_has_made_is_refused_and_stays(tmp_path, theirs):
+    for name in theirs:
+        (tmp_path / "car.parts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "car.parts" / name).write_text("precious")
+    with (
+        pytest.raises(errors.OutputError, match=r"'.*car\.parts' is there, and is of no run; move it"),
+        parts.held([tmp_path / "car"]),
+    ):
+        pass
+    assert {str(each.relative_to(tmp_path / "car.parts")) for each in tmp_path.rglob("*.*") if each.is_file()} <= {*theirs}
+    assert all((tmp_path / "car.parts" / name).read_text() == "precious" for name in theirs)
+
+
+def test_what_appears_in_a_runs_folder_from_elsewhere_stays(tmp_path):
+    with parts.held([tmp_path / "car"]) as [folder]:
+        (folder / "notes.txt").write_text("precious")
+        (folder / parts.CHUNKS).mkdir()
+    assert [each.name for each in folder.iterdir()] == ["notes.txt"]
+
+
+def test_worker_that_has_not_heard_that_its_run_is_over_publishes_nothing(tmp_path):
+    """As on a cluster whose head is gone, while the run goes on elsewhere."""
+    stale = parts.scratch(tmp_path, 0)
+    (stale / "0").write_text("a part")
+    assert parts.finished_chunks(tmp_path) == (set(), 0, 0)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        (stale / "1").write_text("more")
+    with pytest.raises(FileNotFoundError):
+        parts.publish_chunk(stale, tmp_path, 0, 5, 0)
+
+
+def test_chunk_without_its_summary_is_done_again(tmp_path):
+    made = parts.scratch(tmp_path, 0)
+    parts.publish_chunk(made, tmp_path, 0, 5, 1)
+    (tmp_path / "00000001").mkdir()
+    (tmp_path / ".nfs0001").mkdir()
+    assert parts.finished_chunks(tmp_path) == ({0}, 5, 1)
+    assert [each.name for each in tmp_path.iterdir()] == ["00000000"]

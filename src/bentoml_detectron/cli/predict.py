@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INCOMPLETE = 3
 """Exit status where all is written but for images that could not be used."""
+INTERRUPTED = 130
+"""As shells have it for SIGINT."""
 _SECONDS = 10.0  # between lines
 
 
@@ -84,10 +86,9 @@ def command(
     """
     from bentoml_detectron.dataset import write
     from bentoml_detectron.dataset.prediction import written
-    from bentoml_detectron.images import Limits
 
     names = written(", ".join(outputs))
-    with _progress(quiet=errors is not None) as progress:
+    with _interruptible(), _progress(quiet=errors is not None) as progress:
         report = write(
             tag,
             sources,
@@ -99,7 +100,7 @@ def command(
             precision=precision,
             trust_remote_code=trust_remote_code,
             trusted=trusted,
-            limits=Limits(max_pixels=max_image_pixels),
+            limits=options.limits(max_image_pixels),
             score_threshold=score_threshold,
             classes=_classes(classes, tag),
             top_k=top_k,
@@ -137,6 +138,16 @@ def _classes(given: tuple[str, ...], tag: str) -> list[str] | None:
 
 
 @contextmanager
+def _interruptible() -> Iterator[None]:
+    """Says what is left where someone ends the run by Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Error: interrupted; what is finished is kept: go on with --resume", err=True)
+        sys.exit(INTERRUPTED)
+
+
+@contextmanager
 def _progress(quiet: bool) -> Iterator[Progress]:
     """A bar on a terminal, and lines elsewhere; on stderr."""
     if not sys.stderr.isatty():
@@ -171,7 +182,7 @@ def _bar(bar: Bar, quiet: bool) -> Progress:
 
         def failed(self, message: str) -> None:
             if not quiet:
-                bar.console.print(message, markup=False, highlight=False)
+                bar.console.print(_printable(message), markup=False, highlight=False)
 
     return OnTerminal()
 
@@ -201,9 +212,14 @@ def _lines(quiet: bool) -> Progress:
 
         def failed(self, message: str) -> None:
             if not quiet:
-                click.echo(message, err=True)
+                click.echo(_printable(message), err=True)
 
     return Lines()
+
+
+def _printable(message: str) -> str:
+    """On one line: a file's name may have line ends in it, and what terminals obey."""
+    return "".join(each if each.isprintable() or 0xD800 <= ord(each) < 0xE000 else repr(each)[1:-1] for each in message)
 
 
 def _clock(seconds: float) -> str:

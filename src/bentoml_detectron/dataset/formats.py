@@ -14,8 +14,10 @@ from typing import Any, Protocol
 
 import orjson
 
+from bentoml_detectron import images
 from bentoml_detectron.dataset.prediction import Failure, Prediction
 from bentoml_detectron.errors import DependencyMissingError, InvalidArgumentError
+from bentoml_detectron.images import Limits
 
 COCO, JSON_LINES, DETECTION_ROWS, IMAGE_ROWS, PICTURES, FAILURES = (
     "coco", "jsonl", "parquet-detections", "parquet-images", "pictures", "failures",
@@ -59,7 +61,7 @@ def named(path: Path, rows: str = "detection") -> str:
         raise InvalidArgumentError(f"parquet_rows is {rows!r}; give 'detection' or 'image'", value=rows)
     if suffix == ".parquet":
         return DETECTION_ROWS if rows == "detection" else IMAGE_ROWS
-    if suffix not in _SUFFIXES or not path.name:
+    if suffix not in _SUFFIXES or path.name in ("", "-"):
         raise InvalidArgumentError(
             f"{str(path)!r} names no format; outputs end with .json (COCO results), .jsonl, .parquet, or with nothing (a "
             "folder of annotated pictures)",
@@ -68,13 +70,14 @@ def named(path: Path, rows: str = "detection") -> str:
     return _SUFFIXES[suffix]
 
 
-def make(name: str, categories: Mapping[int, int] | None, text_ids: bool) -> Format:
+def make(name: str, categories: Mapping[int, int] | None, text_ids: bool, limits: Limits) -> Format:
     """The format of a name.
 
     Args:
         name: One of this module's.
         categories: The ids that COCO results shall have, by the model's class ids; others have those of `Detections.to_coco`.
         text_ids: Whether ids of images are strings.
+        limits: Of images, which are read again to be drawn on.
 
     Raises:
         DependencyMissingError: What it needs is not installed.
@@ -84,7 +87,7 @@ def make(name: str, categories: Mapping[int, int] | None, text_ids: bool) -> For
 
         return (parquet_format.DetectionRows if name == DETECTION_ROWS else parquet_format.ImageRows)(text_ids)
     if name == PICTURES:
-        return _Pictures()
+        return _Pictures(limits)
     return _Coco(categories or {}) if name == COCO else _JsonLines() if name == JSON_LINES else _Failures()
 
 
@@ -143,7 +146,8 @@ class _Failures(_Text):
 class _Pictures:
     """A folder of JPEGs with what was found on them, by position and name."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         try:
             import supervision  # noqa: F401
         except ModuleNotFoundError as exc:
@@ -157,7 +161,7 @@ class _Pictures:
         if isinstance(outcome, Failure) or image is None:
             return
         path.mkdir(exist_ok=True)
-        picture = Image.fromarray(draw(image, outcome.detections)[:, :, ::-1])
+        picture = Image.fromarray(draw(images.load(image, self._limits), outcome.detections)[:, :, ::-1])
         picture.save(path / picture_name(outcome, position), "JPEG", quality=_QUALITY)
 
     def part(self, pieces: Sequence[None], path: Path) -> None:

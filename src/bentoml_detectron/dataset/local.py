@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -28,6 +29,8 @@ MOST_WORKERS = 8
 _USUAL = (480, 640)  # height and width by which one tells how many images a batch may have
 _LEAST_AHEAD, _MOST_AHEAD = 8, 256
 _BATCHES_AHEAD = 2
+_MOST_FAILED = 20
+"""Images on which a model may fail before it has worked on one."""
 
 
 def workers() -> ThreadPoolExecutor:
@@ -56,10 +59,11 @@ def outcomes(
         budget: Most pixels, padding included, in a batch.
         image_column: Of Parquet files.
     """
+    health = _Health(predictor)
     window = min(max(_BATCHES_AHEAD * budget // predictor.pixels_of(*_USUAL), _LEAST_AHEAD), _MOST_AHEAD)
     with _Ahead(predictor, wanted, pool, window, image_column) as ahead:
         for _, images in groupby(ahead.decoded(chunks), key=lambda each: each.chunk.number):
-            yield from _chunk(predictor, images, clock, budget)
+            yield from _chunk(health, images, clock, budget)
 
 
 @dataclass(slots=True, eq=False)
@@ -139,7 +143,49 @@ class _Rows:
         return DamagedImageError("there is nothing in its row", value=item.file_name) if content is None else content
 
 
-def _chunk(predictor: Predictor, images: Iterator[_Waiting], clock: Clock, budget: int) -> Iterator[Outcome]:
+class _Health:
+    """Runs a model, and tells an image that it cannot take from a model that cannot do anything any more, as one whose GPU has
+    met an error: then all images would be recorded as those that cannot be used."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self._good: Prepared | None = None  # an image on which it has worked
+        self._failed = 0  # images before that
+
+    def run(self, group: Sequence[Prepared]) -> list[Any]:
+        """One result an image. Where a batch fails, its images run alone, so that none is lost for another's sake.
+
+        Raises:
+            DetectronError: The model works no more.
+        """
+        try:
+            found = [_checked(result) for result in self.predictor.run(group)]
+        except Exception as exc:
+            if len(group) == 1:
+                reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+                self._check(reason)
+                return [DetectronError(f"the model failed: {reason}")]
+        else:
+            self._good = group[0]
+            return found
+        return [result for each in group for result in self.run([each])]
+
+    def _check(self, reason: str) -> None:
+        """After it has failed on one image."""
+        if self._good is None:
+            self._failed += 1
+            if self._failed < _MOST_FAILED:
+                return
+        else:
+            with suppress(Exception):
+                self.predictor.run([self._good])
+                return
+        raise DetectronError(
+            f"the model works no more ({reason}); what is finished is kept: see to that, and go on with --resume (resume=True)"
+        )
+
+
+def _chunk(health: _Health, images: Iterator[_Waiting], clock: Clock, budget: int) -> Iterator[Outcome]:
     """The outcomes of one chunk, in order; each as soon as those before it are there."""
     waiting: deque[_Waiting] = deque()
     results: dict[int, Any] = {}
@@ -152,9 +198,9 @@ def _chunk(predictor: Predictor, images: Iterator[_Waiting], clock: Clock, budge
             except DetectronError as exc:
                 results[each.place] = exc
 
-    for group in predictor.groups(usable(), budget):
+    for group in health.predictor.groups(usable(), budget):
         start = time.perf_counter()
-        found = _run(predictor, group)
+        found = health.run(group)
         clock.busy += time.perf_counter() - start
         results.update((prepared.index, result) for prepared, result in zip(group, found, strict=True))
         while waiting and waiting[0].place in results:
@@ -162,16 +208,6 @@ def _chunk(predictor: Predictor, images: Iterator[_Waiting], clock: Clock, budge
             yield each.outcome(results.pop(each.place))
     for each in waiting:
         yield each.outcome(results.pop(each.place))
-
-
-def _run(predictor: Predictor, group: Sequence[Prepared]) -> list[Any]:
-    """One result an image. Where a batch fails, its images run alone, so that none is lost for another's sake."""
-    try:
-        return [_checked(result) for result in predictor.run(group)]
-    except Exception as exc:
-        if len(group) == 1:
-            return [DetectronError(f"the model failed: {type(exc).__name__}: {' '.join(str(exc).split())[:300]}")]
-    return [result for each in group for result in _run(predictor, [each])]
 
 
 def _checked(result: Any) -> Detections | DetectronError:

@@ -141,7 +141,7 @@ class Ray:
                 chunks = data.from_items(rows, override_num_blocks=len(rows))
             finished = chunks.map(
                 _Worker,
-                fn_constructor_args=(work, self._place, str(listing.path)),
+                fn_constructor_args=(work, self._place, str(listing.path), _witness(listing, numbers)),
                 compute=data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=_AHEAD),
                 **self._resources(work),
             )
@@ -167,19 +167,30 @@ class Ray:
 class _Worker:
     """One process of the pool."""
 
-    def __init__(self, work: Work, place: _Place, listing: str) -> None:
-        self._work, self._listing = work, Path(listing)
+    def __init__(self, work: Work, place: _Place, listing: str, witness: str | None) -> None:
+        self._work, self._listing, self._witness = work, Path(listing), witness
         self._predictor, _ = place.open(work)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Works on a chunk; gives what `Done` says of it, how long the model ran, and a problem if there is one."""
         clock = Clock()
         try:
+            self._check_sight()
             done = self._done(Chunk(row["number"], row["first"], listed(self._listing, row["start"], row["size"])), clock)
         except DetectronError as exc:
             return {"number": row["number"], "images": 0, "failures": b"", "busy": 0.0, "problem": _problem(exc)}
         failures = _BETWEEN.join(os.fsencode(each).replace(_BETWEEN, b"\\0") for each in done.failures)
         return {"number": done.number, "images": done.images, "failures": failures, "busy": clock.busy, "problem": b""}
+
+    def _check_sight(self) -> None:
+        """Refuses to work where this node does not see what the run's own sees: no image could be used."""
+        for path in filter(None, (self._work.folder, str(self._listing), self._witness)):
+            if not os.access(path, os.R_OK):
+                raise DetectronError(
+                    f"the node {_node()} cannot read {path!r}, which the run's own can; all nodes need the same files at the "
+                    "same paths: see to that, and go on with --resume (resume=True)",
+                    value=path,
+                )
 
     def _done(self, chunk: Chunk, clock: Clock) -> Done:
         with parts.trying(Path(self._work.folder), chunk.number, _TRIES) as may:
@@ -192,6 +203,18 @@ class _Worker:
                 )
             [done] = run(self._work, self._predictor, [chunk], clock)
         return done
+
+
+def _node() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _witness(listing: Listing, numbers: Sequence[int]) -> str | None:
+    """One of the images, or of the Parquet files with them, that can be read here."""
+    items = (item for number in (numbers[0], numbers[-1]) for item in listing.items(number))
+    return next((item.path for item in items if os.access(item.path, os.R_OK)), None)
 
 
 def _model(work: Work, place: _Place) -> Model | bytes:

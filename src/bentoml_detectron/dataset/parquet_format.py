@@ -63,11 +63,13 @@ class _Rows:
 
         with self._parquet.ParquetWriter(path, self._schema, compression=_COMPRESSION) as writer:
             waiting: list[pa.Table] = []
+            size = 0
             for part in parts:
-                waiting.append(self._parquet.read_table(part))
-                if sum(table.nbytes for table in waiting) > _ROW_GROUP:
+                waiting.append(table := self._parquet.read_table(part))
+                size += table.nbytes
+                if size > _ROW_GROUP:
                     writer.write_table(pa.concat_tables(waiting))
-                    waiting = []
+                    waiting, size = [], 0
             if waiting:
                 writer.write_table(pa.concat_tables(waiting))
 

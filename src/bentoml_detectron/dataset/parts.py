@@ -22,13 +22,14 @@ import orjson
 import xxhash
 
 from bentoml_detectron.artifact.files import sync_folder
-from bentoml_detectron.dataset.sources import Item
+from bentoml_detectron.dataset.sources import RUN_LOCK, RUN_SUFFIX, Item
 from bentoml_detectron.errors import InvalidArgumentError, OutputError
 
-SUFFIX = ".parts"
-PLAN, FINISHED, SOURCES, CHUNKS, RESULT, LOCK = "plan.json", "finished.json", "sources", "chunks", "result", "lock"
+SUFFIX, LOCK = RUN_SUFFIX, RUN_LOCK
+PLAN, FINISHED, SOURCES, CHUNKS, RESULT = "plan.json", "finished.json", "sources", "chunks", "result"
 _SUMMARY = "done.json"
 _SCRATCH = ".tmp"
+_OURS = frozenset([PLAN, FINISHED, SOURCES, CHUNKS, RESULT, LOCK])
 
 
 @contextmanager
@@ -85,10 +86,15 @@ def _locked(output: Path, folder: Path) -> Iterator[None]:
 
 
 def _lock(output: Path, folder: Path) -> int:
-    """Takes the lock, also where a run that ends takes the folder away meanwhile."""
+    """Takes the lock, also where a run that ends takes the folder away meanwhile.
+
+    Raises:
+        OutputError: Another run has it, or the folder is no run's.
+    """
     while True:
         folder.mkdir(exist_ok=True)
         try:
+            _check_ours(folder)
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
             continue
@@ -104,10 +110,21 @@ def _lock(output: Path, folder: Path) -> int:
         os.close(descriptor)
 
 
+def _check_ours(folder: Path) -> None:
+    """Refuses a folder with something in it that no run has made: it would be gone with the run."""
+    names = {path.name for path in folder.iterdir()}
+    if any(not _is_ours(name) for name in names) or (names and LOCK not in names):
+        raise OutputError(f"{str(folder)!r} is there, and is of no run; move it, or give another name", value=str(folder))
+
+
+def _is_ours(name: str) -> bool:
+    return name.removesuffix(_SCRATCH) in _OURS or name.startswith(".nfs")  # NFS's, of what was open when it was removed
+
+
 def empty(folder: Path) -> None:
-    """Removes all but the lock, what says whose it is last."""
+    """Removes what a run has made but for the lock, what says whose it is last."""
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == FINISHED, path.name == PLAN)):
-        if path.name != LOCK:
+        if path.name != LOCK and _is_ours(path.name):
             remove(path)
 
 
@@ -267,14 +284,25 @@ def publish_chunk(made: Path, folder: Path, number: int, images: int, failures: 
 def finished_chunks(folder: Path) -> tuple[set[int], int, int]:
     """Numbers of the finished chunks, and how many images and failures they have; takes away what others left."""
     numbers, images, failures = set(), 0, 0
-    for path in folder.iterdir():
-        if path.name.endswith(_SCRATCH):
-            shutil.rmtree(path)
+    for path in list(folder.iterdir()):
+        summary = read_json(path / _SUMMARY) if path.name.isdigit() else None
+        if summary is None:
+            _take_away(path)
             continue
-        summary = read_json(path / _SUMMARY)
         numbers.add(int(path.name))
         images, failures = images + summary["images"], failures + summary["failures"]
     return numbers, images, failures
+
+
+def _take_away(path: Path) -> None:
+    """Removes a folder in which somebody may be writing: a worker that has not heard yet that its run is over.
+
+    Under another name nobody finds it any more; so the worker can neither add to what is half gone, nor publish it.
+    """
+    gone = Path(tempfile.mkdtemp(prefix="gone.", suffix=_SCRATCH, dir=path.parent))
+    with suppress(FileNotFoundError):  # it was published meanwhile, by its worker
+        path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def parts(folder: Path, count: int, index: int) -> Iterator[Path]:

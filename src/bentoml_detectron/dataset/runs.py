@@ -132,7 +132,7 @@ def write(
     """
     from bentoml import Tag
 
-    from bentoml_detectron.store import get
+    from bentoml_detectron.store import fingerprint, get
 
     where = _engine(engine, ray_address, ray_workers)
     _check_lists(classes, trusted)
@@ -140,8 +140,10 @@ def write(
     wanted = options(None, score_threshold=score_threshold, top_k=top_k)
     files = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
     files += [] if errors is None else [(Path(errors), formats.FAILURES)]
+    model = get(bento_model if isinstance(bento_model, (str, Tag)) else bento_model.tag)
     work = Work(
-        model=str(get(bento_model if isinstance(bento_model, (str, Tag)) else bento_model.tag).tag),
+        model=str(model.tag),
+        fingerprint=fingerprint(model),
         device_id=device_id,
         precision=precision,
         trust_remote_code=trust_remote_code,
@@ -225,6 +227,8 @@ class _Run:
                 f"an unfinished run is in {str(self._main)!r}; go on with --resume (resume=True), or remove the folder",
                 value=str(self._main),
             )
+        if odd := [str(each) for each in self._outputs if each.exists() and not each.is_file() and not each.is_dir()]:
+            raise OutputError(f"{', '.join(odd)}: no regular file can appear there; give another name", value=odd)
         there = [str(each) for each in self._outputs if os.path.lexists(each)]
         if there and not mark and not (resume and before is None and len(there) == len(self._outputs)):
             raise OutputError(f"{', '.join(there)}: there already; remove it, or give another name", value=there)

@@ -22,6 +22,8 @@ from bentoml_detectron.errors import InvalidArgumentError
 from bentoml_detectron.images import SUFFIXES
 
 STDIN = "-"
+RUN_SUFFIX, RUN_LOCK = ".parts", "lock"
+"""The ending of the folder beside its output in which a run has what is finished, and a file that is always in it."""
 
 Source = str | os.PathLike[str]
 
@@ -80,7 +82,12 @@ class Dataset:
             image_root: What an annotation file's ``file_name`` starts from; the folder of that file unless given.
             columns: Of Parquet files.
             left_out: Files and folders that no folder and no glob is to give, as what a run itself writes.
+
+        Raises:
+            InvalidArgumentError: (``ValueError``) The source is neither.
         """
+        if not isinstance(source, (str, os.PathLike, Iterable)):
+            raise InvalidArgumentError(f"the source is {source!r:.80}; give a path, or a list of paths", value=source)
         self.categories: dict[str, int] | None = None
         self._given = [source] if isinstance(source, (str, os.PathLike)) else source
         self._root = image_root
@@ -96,8 +103,11 @@ class Dataset:
         Raises:
             InvalidArgumentError: (``ValueError``) A source is none, or there are no images in it.
         """
+        given: object = None
         for given in self._given:
             yield from self._of(given)
+        if given is None:
+            raise InvalidArgumentError("there are no sources; give a file, a folder or a glob", value=self._given)
 
     def _of(self, given: object) -> Iterator[Item]:
         if not isinstance(given, (str, os.PathLike)):
@@ -118,7 +128,7 @@ class Dataset:
 
     def _matches(self, pattern: str) -> Iterator[str]:
         """What a glob fits, in order; of one with ``**``, which fits what is in a folder, too, files alone."""
-        for match in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute patterns
+        for match in sorted({*_expanded(pattern)}):
             if not ("**" in pattern and os.path.isdir(match)) and not self._is_left_out(match):  # noqa: PTH112 - as below
                 yield match
 
@@ -142,7 +152,7 @@ class Dataset:
         """The images below a folder, those of each folder before those below it; links to folders are not followed."""
         for folder, folders, files in os.walk(name, onerror=_fail):
             folders.sort()
-            if self._left_out and os.path.realpath(folder) in self._left_out:
+            if _is_of_a_run(folder) or (self._left_out and os.path.realpath(folder) in self._left_out):
                 folders.clear()
                 continue
             for file in sorted(files):
@@ -217,6 +227,29 @@ def _unfit(path: Source, due: str) -> InvalidArgumentError:
     return InvalidArgumentError(f"{str(path)!r} is no COCO annotation file: there, {due}", value=path)
 
 
+def _expanded(pattern: str) -> Iterator[str]:
+    """What a glob fits, in no order; ``**`` is this folder and all below it, but for hidden ones, those of runs, and links."""
+    names = pattern.split("/")
+    if "**" not in names:
+        yield from glob.iglob(pattern)  # noqa: PTH207 - Path.glob takes no absolute patterns
+        return
+    place = names.index("**")
+    before, after = "".join(f"{name}/" for name in names[:place]), "/".join(names[place + 1 :] or "*")
+    for top in glob.iglob(before) if before.strip("/") else [before]:  # noqa: PTH207
+        for folder, folders, _ in os.walk(top or ".", onerror=_fail):
+            if _is_of_a_run(folder):
+                folders.clear()
+                continue
+            folders[:] = [each for each in folders if not each.startswith(".")]
+            here = os.path.join(folder if top else folder[2:], "")  # noqa: PTH118 - as below
+            yield from _expanded(glob.escape(here) + after)
+
+
+def _is_of_a_run(folder: str) -> bool:
+    """Whether a run has made it, to go on from there: it may hold pictures, of an output that is not there yet."""
+    return folder.endswith(RUN_SUFFIX) and Path(folder, RUN_LOCK).is_file()
+
+
 def _some(name: str, what: str, found: Iterator[Any]) -> Iterator[Any]:
     """The same, of which there is at least one.
 
@@ -249,8 +282,10 @@ def _lines() -> Iterator[str]:
     """Paths on stdin, one a line."""
     if sys.stdin is None:  # where the process has none
         raise InvalidArgumentError("there is no stdin to read paths from; give a folder, a file or a glob", value=STDIN)
-    for line in sys.stdin.buffer:
-        if name := line.rstrip(b"\r\n"):
+    for number, line in enumerate(sys.stdin.buffer):
+        if b"\0" in line:
+            raise InvalidArgumentError("the list has NULs in it; give a path a line, as of find without -print0", value=STDIN)
+        if name := (line if number else line.removeprefix(codecs.BOM_UTF8)).rstrip(b"\r\n"):
             yield os.fsdecode(name)
 
 

@@ -35,6 +35,7 @@ class Work:
 
     Attributes:
         model: Its tag, with the version.
+        fingerprint: That of the model: another one of the same tag is not to go on with it.
         device_id: As in `load_predictor`, and so are the next four.
         precision:
         trust_remote_code:
@@ -52,6 +53,7 @@ class Work:
     """
 
     model: str
+    fingerprint: str
     device_id: str
     precision: Precision
     trust_remote_code: bool
@@ -68,11 +70,21 @@ class Work:
     folder: str = ""
 
     def predictor(self) -> Predictor:
-        """Loads the model; errors are those of `load_predictor`."""
-        from bentoml_detectron.store import load_predictor
+        """Loads the model; errors are those of `load_predictor`.
 
+        Raises:
+            DetectronError: Here it is another one of the same tag.
+        """
+        from bentoml_detectron.store import fingerprint, get, load_predictor
+
+        model = get(self.model)
+        if fingerprint(model) != self.fingerprint:
+            raise DetectronError(
+                f"{self.model} is another model here than where the run began; bring the same one, by bentoml models export",
+                value=self.model,
+            )
         return load_predictor(
-            self.model,
+            model,
             self.device_id,
             precision=self.precision,
             trust_remote_code=self.trust_remote_code,
@@ -83,7 +95,7 @@ class Work:
 
     def writers(self) -> list[Format]:
         """What writes the outputs, in their order."""
-        return [make(each, self.categories, self.text_ids) for each in self.formats]
+        return [make(each, self.categories, self.text_ids, self.limits) for each in self.formats]
 
 
 @dataclass(frozen=True, slots=True)
