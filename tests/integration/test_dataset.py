@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -140,6 +141,22 @@ def test_model_that_works_no_more_ends_the_run_and_is_no_fault_of_the_images(pre
         found += predict(Breaking(predictor, good), itertools.cycle(demo.images()), chunk=1, on_error=failures.append)
     del found
     assert len(failures) == (0 if due else 19)
+
+
+def test_machine_that_can_read_no_file_any_more_ends_the_run(tmp_path, predictor):
+    failures: list[Failure] = []
+    results = predict(predictor, itertools.cycle(demo.images()), chunk=1, on_error=failures.append)
+    next(results)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        with pytest.raises(
+            errors.DetectronError, match=r"cannot open '.*\.jpg' \(Too many open files\); what is finished is kept"
+        ):
+            list(results)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert failures == []
 
 
 def test_run_whose_model_works_no_more_goes_on_where_it_was(tmp_path, saved, mixed, monkeypatch):

@@ -240,7 +240,8 @@ def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file
     click.echo(f"{head} on {report['annotations']}\n")
     for table in tables(evaluation, comparison):
         _print(table)
-    for note in evaluation.notes:
+    others = [] if comparison is None else report["comparison"]["with"]["notes"]
+    for note in dict.fromkeys([*evaluation.notes, *others]):
         click.echo(f"note: {note}")
     for task in evaluation.tasks.keys() ^ (evaluation.tasks if comparison is None else comparison.metrics).keys():
         click.echo(f"note: {task} is not compared: one of the two has none")

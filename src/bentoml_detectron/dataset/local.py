@@ -6,6 +6,7 @@ batch has images of two, so that a chunk's results do not depend on what was don
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from typing import Any
 from bentoml_detectron.dataset import parquet_source
 from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
 from bentoml_detectron.dataset.sources import Item
-from bentoml_detectron.errors import DamagedImageError, DetectronError
+from bentoml_detectron.errors import DamagedImageError, DetectronError, reason
 from bentoml_detectron.options import Options
 from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.preparation import Prepared
@@ -29,6 +30,10 @@ MOST_WORKERS = 8
 _USUAL = (480, 640)  # height and width by which one tells how many images a batch may have
 _LEAST_AHEAD, _MOST_AHEAD = 8, 256
 _BATCHES_AHEAD = 2
+_MACHINES = frozenset(
+    [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT]
+)
+"""What a system says where no file can be read, as without room for open ones, or where storage is gone."""
 _MOST_FAILED = 20
 """Images on which a model may fail before it has worked on one."""
 
@@ -162,15 +167,15 @@ class _Health:
             found = [_checked(result) for result in self.predictor.run(group)]
         except Exception as exc:
             if len(group) == 1:
-                reason = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
-                self._check(reason)
-                return [DetectronError(f"the model failed: {reason}")]
+                said = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+                self._check(said)
+                return [DetectronError(f"the model failed: {said}")]
         else:
             self._good = group[0]
             return found
         return [result for each in group for result in self.run([each])]
 
-    def _check(self, reason: str) -> None:
+    def _check(self, said: str) -> None:
         """After it has failed on one image."""
         if self._good is None:
             self._failed += 1
@@ -181,7 +186,7 @@ class _Health:
                 self.predictor.run([self._good])
                 return
         raise DetectronError(
-            f"the model works no more ({reason}); what is finished is kept: see to that, and go on with --resume (resume=True)"
+            f"the model works no more ({said}); what is finished is kept: see to that, and go on with --resume (resume=True)"
         )
 
 
@@ -196,6 +201,7 @@ def _chunk(health: _Health, images: Iterator[_Waiting], clock: Clock, budget: in
             try:
                 yield each.prepared.result()
             except DetectronError as exc:
+                _check_machine(exc)
                 results[each.place] = exc
 
     for group in health.predictor.groups(usable(), budget):
@@ -208,6 +214,17 @@ def _chunk(health: _Health, images: Iterator[_Waiting], clock: Clock, budget: in
             yield each.outcome(results.pop(each.place))
     for each in waiting:
         yield each.outcome(results.pop(each.place))
+
+
+def _check_machine(error: DetectronError) -> None:
+    """Tells an image that cannot be read from a machine that can read none any more.
+
+    Raises:
+        DetectronError: It cannot.
+    """
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _MACHINES:
+        raise DetectronError(f"{reason(error)}; what is finished is kept: see to that, and go on with --resume (resume=True)")
 
 
 def _checked(result: Any) -> Detections | DetectronError:
