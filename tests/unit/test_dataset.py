@@ -441,9 +441,12 @@ def test_folder_that_no_run_has_made_is_refused_and_stays(tmp_path, theirs):
 
 def test_what_appears_in_a_runs_folder_from_elsewhere_stays(tmp_path):
     with parts.held([tmp_path / "car"]) as [folder]:
-        (folder / "notes.txt").write_text("precious")
+        (folder / ".DS_Store").write_text("a file manager's")
         (folder / parts.CHUNKS).mkdir()
-    assert [each.name for each in folder.iterdir()] == ["notes.txt"]
+        parts.write_json(folder / parts.PLAN, {})
+    with parts.held([tmp_path / "car"]) as [folder]:  # it goes on
+        parts.empty(folder)
+    assert [each.name for each in folder.iterdir()] == [".DS_Store"]
 
 
 def test_worker_that_has_not_heard_that_its_run_is_over_publishes_nothing(tmp_path):

@@ -99,7 +99,7 @@ def command(
     """
     _check_target(tag, url, other, json_file)
     if url is not None and other is None:
-        _refuse_given("device", "precision", "trust_remote_code", "trusted")
+        _refuse_given("device", "precision", "max_image_pixels", "trust_remote_code", "trusted")
     elif url is not None:
         _refuse_given("precision")
     from bentoml_detectron.dataset.prediction import written

@@ -111,9 +111,10 @@ def _lock(output: Path, folder: Path) -> int:
 
 
 def _check_ours(folder: Path) -> None:
-    """Refuses a folder with something in it that no run has made: it would be gone with the run."""
+    """Refuses a folder that no run has made. Beside a plan and a lock there may be others' files, too, as file managers'."""
     names = {path.name for path in folder.iterdir()}
-    if any(not _is_ours(name) for name in names) or (names and LOCK not in names):
+    is_begun = LOCK in names and not names.isdisjoint((PLAN, FINISHED))
+    if not is_begun and (any(not _is_ours(name) for name in names) or (names and LOCK not in names)):
         raise OutputError(f"{str(folder)!r} is there, and is of no run; move it, or give another name", value=str(folder))
 
 
