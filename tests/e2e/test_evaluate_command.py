@@ -287,6 +287,23 @@ def test_both_models_names_are_looked_at_before_one_of_them_runs(digits_home, tm
     assert said.startswith("Error: letters:1: the model has no class '0', '1', '2' and 7 more of annotations.json")
 
 
+def test_what_only_one_of_two_models_finds_is_noted(digits_home, tmp_path, bentoml_home):
+    shutil.copytree(digits_home, bentoml_home, dirs_exist_ok=True)
+    run_python(
+        "import bentoml\n"
+        "from bentoml_detectron import demo\n"
+        "from detectron2.engine import DefaultPredictor\n"
+        "cfg = demo.config()\n"
+        "cfg.MODEL.MASK_ON = False\n"
+        "bentoml.detectron.save_model('boxes', DefaultPredictor(cfg))\n",
+        BENTOML_HOME=str(bentoml_home),
+    )
+    for tag, other in (("digits", "boxes"), ("boxes", "digits")):
+        result = ran(bentoml_home, tag, "--compare", other, *ON_DEMO, "--resamples", "20")
+        assert result.returncode == 0, result.stderr
+        assert "note: mask is not compared: one of the two has none" in result.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("options", "refused"),
     [

@@ -221,6 +221,7 @@ GOOD = {
         ({"boxes": np.array([[0, 0, 1, 1], [0, 0, np.nan, 1]])}, "box 1 is .*nan.*; leave out"),
         ({"boxes": np.array([[0, 0, np.inf, 1], [0, 0, 1, 1]])}, "box 0 is .*inf.*; leave out"),
         ({"image_size": (0, 9)}, "the size is 0 x 9; give 1 to"),
+        ({"image_size": (20_000, 20_000)}, "the size is 20000 x 20000; give 1 to 268,435,456 pixels"),
         ({"image_size": (9, 9, 3)}, "give height and width"),
         ({"image_size": (9.0, 9)}, "as two integers"),
         ({"threshold": 1.5}, "threshold is 1.5; give a number in 0..1"),

@@ -212,8 +212,9 @@ def _served(tag: str | None, url: str, connections: int) -> Iterator[_Source]:
             if str(get(tag).tag) != info["tag"]:
                 raise InvalidArgumentError(f"{url} serves {info['tag']}, not {tag}; leave out the tag", value=info["tag"])
         things, stuff = (list(info.get(name) or []) for name in ("thing_classes", "stuff_classes"))
-        precision = "" if info["precision"] == "fp32" else f" in {info['precision']}"
-        yield _Source(f"{info['tag']} at {url}{precision}", things, stuff, service.predict)
+        precision = info.get("precision", "fp32")
+        name = f"{info['tag']} at {url}" + ("" if precision == "fp32" else f" in {precision}")
+        yield _Source(name, things, stuff, service.predict)
 
 
 def _measured(truth: GroundTruth, files: list[Path], evaluate: Callable[..., Evaluation], source: _Source) -> Evaluation:
@@ -240,11 +241,13 @@ def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file
     click.echo(f"{head} on {report['annotations']}\n")
     for table in tables(evaluation, comparison):
         _print(table)
-    others = [] if comparison is None else report["comparison"]["with"]["notes"]
-    for note in dict.fromkeys([*evaluation.notes, *others]):
+    notes = list(evaluation.notes)
+    if comparison is not None:
+        other = report["comparison"]["with"]
+        of_one = sorted(evaluation.tasks.keys() ^ other["tasks"].keys())
+        notes += [*other["notes"], *(f"{task} is not compared: one of the two has none" for task in of_one)]
+    for note in dict.fromkeys(notes):
         click.echo(f"note: {note}")
-    for task in evaluation.tasks.keys() ^ (evaluation.tasks if comparison is None else comparison.metrics).keys():
-        click.echo(f"note: {task} is not compared: one of the two has none")
     if fault is not None:
         raise fault
 

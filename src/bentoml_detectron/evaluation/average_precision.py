@@ -118,6 +118,7 @@ class Instances:
         self._sizes: list[tuple[int, int]] = [(0, 0)] * len(truth.images)
         # Whether there are "masks" and "keypoints", of images with detections, and of those without any.
         self._with: dict[tuple[str, bool], set[bool]] = defaultdict(set)
+        self._are_masks_checked = False
         self._keypoints: set[int] = set()
         self._posed = _posed(truth.annotations)
         self._rle_sizes: dict[ImageId, set[tuple[int, int]]] = {each.id: set() for each in truth.images if each.size is None}
@@ -135,7 +136,8 @@ class Instances:
         self._check_sizes(self._truth.images[place], found.image_size)
         self._with["masks", len(found) > 0].add(found.masks is not None)
         self._with["keypoints", len(found) > 0].add(found.keypoints is not None)
-        if found.masks is not None and not self._rows:  # and not when all else is done
+        if found.masks is not None and not self._are_masks_checked:  # and not when all else is done
+            self._are_masks_checked = True
             self._check_masks()
         count = 0 if found.keypoints is None else found.keypoints.shape[1]
         if count and count not in self._keypoints:
