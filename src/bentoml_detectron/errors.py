@@ -235,6 +235,13 @@ class OutputError(DetectronError):
     """A dataset's results cannot be written where they should: something is there, another run writes, or the disk is full."""
 
 
+def escaped(text: str) -> str:
+    """The same text, what cannot be printed as in a Python string."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def reason(error: DetectronError) -> str:
     """An error's message, without an image's place in a call that nobody made."""
     return re.sub(r"^image \d+: ", "", str(error))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from bentoml_detectron.cli import options
+from bentoml_detectron.errors import escaped
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -182,7 +183,7 @@ def _bar(bar: Bar, quiet: bool) -> Progress:
 
         def failed(self, message: str) -> None:
             if not quiet:
-                bar.console.print(_printable(message), markup=False, highlight=False)
+                bar.console.print(escaped(message), markup=False, highlight=False)
 
     return OnTerminal()
 
@@ -212,14 +213,9 @@ def _lines(quiet: bool) -> Progress:
 
         def failed(self, message: str) -> None:
             if not quiet:
-                click.echo(_printable(message), err=True)
+                click.echo(escaped(message), err=True)
 
     return Lines()
-
-
-def _printable(message: str) -> str:
-    """On one line: a file's name may have line ends in it, and what terminals obey."""
-    return "".join(each if each.isprintable() or 0xD800 <= ord(each) < 0xE000 else repr(each)[1:-1] for each in message)
 
 
 def _clock(seconds: float) -> str:

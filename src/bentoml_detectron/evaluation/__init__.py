@@ -104,10 +104,18 @@ def _pairs(predictions: Any) -> Iterator[tuple[ImageId, Detections]]:
 
 
 def check_names(truth: GroundTruth, thing_classes: Sequence[str] | None, stuff_classes: Sequence[str] | None) -> list[str]:
-    """Notes on classes that the ground truth has not.
+    """Checks that a model has each class of a ground truth, by its name.
+
+    Args:
+        truth: The ground truth.
+        thing_classes: As in `evaluate`; of None, and of none, nothing is checked.
+        stuff_classes: The same of stuff.
+
+    Returns:
+        Notes on classes of the model's that the ground truth has not.
 
     Raises:
-        InvalidArgumentError: (``ValueError``) The model lacks one that it has.
+        InvalidArgumentError: (``ValueError``) The model lacks one, or has two of its name.
     """
     extra = []
     if thing_classes and truth.categories:

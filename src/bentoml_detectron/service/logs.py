@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from bentoml_detectron.errors import escaped
+
 _FORMATTER = logging.Formatter()
 
 
@@ -21,13 +23,6 @@ class Escape(logging.Filter):
             # No line of a traceback, whose message may be a client's, can be taken for a record's first.
             record.exc_text = "\n".join(f"  {escaped(line)}" for line in record.exc_text.split("\n"))
         return True
-
-
-def escaped(text: str) -> str:
-    """The same text, what cannot be printed as in a Python string."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def install() -> None:
