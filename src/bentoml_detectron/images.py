@@ -248,7 +248,10 @@ def _read(path: str | os.PathLike[str], limits: Limits, index: int) -> bytes:
         os.close(descriptor)
         raise ImageError(f"{str(path)!r} is no regular file", index=index, value=path)
     with os.fdopen(descriptor, "rb") as file:
-        return file.read(limits.max_bytes + 1)
+        try:
+            return file.read(limits.max_bytes + 1)
+        except OSError as exc:  # a disk's bad sector, or a network's file that is no more
+            raise ImageError(f"cannot read {str(path)!r} ({exc.strerror})", index=index, value=path) from exc
 
 
 class _Jpeg(JpegImageFile):

@@ -167,7 +167,7 @@ def test_run_that_is_interrupted_says_how_it_goes_on(digits_home, tmp_path):
             assert process.wait(60) == 130
         finally:
             process.kill()
-        assert process.stderr.read() == "Error: interrupted; what is finished is kept: go on with --resume\n"
+        assert process.stderr.read() == "Error: interrupted; --resume goes on from what is finished\n"
     assert predicted(digits_home, "-", "-o", output, "--resume", stdin=f"{IMAGES[0]}\n").returncode == 0
 
 

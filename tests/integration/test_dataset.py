@@ -159,6 +159,33 @@ def test_machine_that_can_read_no_file_any_more_ends_the_run(tmp_path, predictor
     assert failures == []
 
 
+@pytest.mark.parametrize("kind", ["annotations", "parquet"])
+def test_run_whose_storage_is_gone_goes_on_when_it_is_back(tmp_path, saved, kind):
+    mounted = tmp_path / "mounted"
+    names = [f"{number}/{image.name}" for number in range(25) for image in demo.images()[:4]]
+    for name, image in zip(names, itertools.cycle(demo.images()[:4])):
+        (mounted / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, mounted / name)
+    if kind == "parquet":
+        source = [parquet_of(mounted / str(number), mounted / f"{number}.parquet") for number in range(25)]
+    else:
+        source = tmp_path / "annotations.json"
+        source.write_bytes(orjson.dumps({"images": [{"id": each, "file_name": each} for each in ["never.jpg", *names]]}))
+
+    class Unmounts(Progress):
+        def advance(self, images: int) -> None:
+            if mounted.exists():
+                mounted.rename(tmp_path / "unmounted")
+
+    run = (saved, source, tmp_path / "found.jsonl")
+    with pytest.raises(errors.DetectronError, match=rf"'{mounted}/\S+', which was there, is gone; what is finished is kept"):
+        write(*run, image_root=mounted, chunk=2, progress=Unmounts())
+    (tmp_path / "unmounted").rename(mounted)
+    report = write(*run, image_root=mounted, chunk=2, resume=True)
+    assert report.resumed >= 1
+    assert report.failures == (25 if kind == "parquet" else 1)  # rows without an image, and what was never there
+
+
 def test_run_whose_model_works_no_more_goes_on_where_it_was(tmp_path, saved, mixed, monkeypatch):
     load = bentoml_detectron.store.load_predictor
     with monkeypatch.context() as patch:

@@ -485,6 +485,10 @@ def test_a_pipe_is_refused_without_waiting(tmp_path):
     assert "no regular file" in str(outcome(tmp_path / "pipe.png"))
 
 
+def test_a_file_that_the_system_cannot_read_is_an_image_error():
+    assert str(outcome("/proc/self/mem")) == "image 3: cannot read '/proc/self/mem' (Input/output error)"
+
+
 def descriptors() -> list[str]:
     return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 

@@ -144,7 +144,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo("Error: interrupted; what is finished is kept: go on with --resume", err=True)
+        click.echo("Error: interrupted; --resume goes on from what is finished", err=True)
         sys.exit(INTERRUPTED)
 
 

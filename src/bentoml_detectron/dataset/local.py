@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from bentoml_detectron.dataset import parquet_source
@@ -77,6 +78,11 @@ class _Waiting:
     place: int  # in the chunk
     image: str | Future[bytes | DetectronError]
     prepared: Future[Prepared]
+
+    @property
+    def path(self) -> str:
+        """The image, or the Parquet file that it is in."""
+        return self.chunk.items[self.place].path
 
     def outcome(self, result: Detections | DetectronError) -> Outcome:
         chunk = self.chunk
@@ -143,19 +149,22 @@ class _Rows:
             content = next(self._rows, None)
         except DetectronError as exc:
             self._next = None
-            return DamagedImageError(str(exc), value=item.path)
+            error = DamagedImageError(str(exc), value=item.path)
+            error.__cause__ = exc.__cause__
+            return error
         self._next = (item.path, (item.row or 0) + 1)
         return DamagedImageError("there is nothing in its row", value=item.file_name) if content is None else content
 
 
 class _Health:
-    """Runs a model, and tells an image that it cannot take from a model that cannot do anything any more, as one whose GPU has
-    met an error: then all images would be recorded as those that cannot be used."""
+    """Runs a model, and tells an image that cannot be used from a model that cannot do anything any more, as one whose GPU has
+    met an error, and from a machine that can read no file: then all images would be recorded as those that cannot be used."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self._good: Prepared | None = None  # an image on which it has worked
         self._failed = 0  # images before that
+        self.read: str | None = None  # the last file from which an image came
 
     def run(self, group: Sequence[Prepared]) -> list[Any]:
         """One result an image. Where a batch fails, its images run alone, so that none is lost for another's sake.
@@ -189,6 +198,22 @@ class _Health:
             f"the model works no more ({said}); what is finished is kept: see to that, and go on with --resume (resume=True)"
         )
 
+    def check_machine(self, error: DetectronError) -> None:
+        """After an image could not be read.
+
+        Raises:
+            DetectronError: No other can be read, either.
+        """
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            return
+        gone = cause.errno == errno.ENOENT and self.read is not None and not Path(self.read).exists()  # so is its storage
+        if gone or cause.errno in _MACHINES:
+            also = f", and {self.read!r}, which was there, is gone" if gone else ""
+            raise DetectronError(
+                f"{reason(error)}{also}; what is finished is kept: see to that, and go on with --resume (resume=True)"
+            )
+
 
 def _chunk(health: _Health, images: Iterator[_Waiting], clock: Clock, budget: int) -> Iterator[Outcome]:
     """The outcomes of one chunk, in order; each as soon as those before it are there."""
@@ -201,8 +226,10 @@ def _chunk(health: _Health, images: Iterator[_Waiting], clock: Clock, budget: in
             try:
                 yield each.prepared.result()
             except DetectronError as exc:
-                _check_machine(exc)
+                health.check_machine(exc)
                 results[each.place] = exc
+            else:
+                health.read = each.path
 
     for group in health.predictor.groups(usable(), budget):
         start = time.perf_counter()
@@ -214,17 +241,6 @@ def _chunk(health: _Health, images: Iterator[_Waiting], clock: Clock, budget: in
             yield each.outcome(results.pop(each.place))
     for each in waiting:
         yield each.outcome(results.pop(each.place))
-
-
-def _check_machine(error: DetectronError) -> None:
-    """Tells an image that cannot be read from a machine that can read none any more.
-
-    Raises:
-        DetectronError: It cannot.
-    """
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.errno in _MACHINES:
-        raise DetectronError(f"{reason(error)}; what is finished is kept: see to that, and go on with --resume (resume=True)")
 
 
 def _checked(result: Any) -> Detections | DetectronError:
