@@ -438,6 +438,12 @@ def test_settings_of_another_type_are_refused(saved):
         bentoml.detectron.get_service(saved, settings={"precision": "fp32"})
 
 
+@pytest.mark.parametrize("given", [{"token": "secret"}, {"precision": "int8"}, {"max_queue": 4}], ids=str)
+def test_settings_beside_settings_are_refused_and_not_ignored(saved, given):
+    with pytest.raises(InvalidArgumentError, match=rf"{next(iter(given))} is one of the settings; give settings=Settings\("):
+        bentoml.detectron.get_service(saved, **given)
+
+
 def test_token_from_a_file_is_without_its_line_s_end(saved, monkeypatch):
     """As Kubernetes's secrets are written."""
     monkeypatch.setenv("BENTOML_DETECTRON_TOKEN", "secret\n")

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +70,8 @@ def get_service(
         The service.
 
     Raises:
-        InvalidArgumentError: (``ValueError``) `bento_model` is no tag, ``path_prefix`` is no path, or `settings` are none.
+        InvalidArgumentError: (``ValueError``) `bento_model` is not a tag, ``path_prefix`` is not a path, or what belongs to `settings` is
+            given beside them.
 
     Example::
 
@@ -84,6 +85,11 @@ def get_service(
         raise InvalidArgumentError(f"{bento_model!r} is no tag: {exc}", value=bento_model) from exc
     if not isinstance(settings, Settings | None):
         raise InvalidArgumentError(f"settings is a {type(settings).__name__}; give Settings(...)", value=settings)
+    for each in fields(Settings):  # BentoML takes names that it does not know without a word: a token would ask for none
+        if each.name in service_config:
+            raise InvalidArgumentError(
+                f"{each.name} is one of the settings; give settings=Settings({each.name}=...)", value=each.name
+            )
     worker = Worker(_with_token(settings or Settings()))
     service_config.setdefault("name", f"detectron-{model.tag.name}"[:_LONGEST_NAME].rstrip("-._"))
     service_config.setdefault("image", container_image())
