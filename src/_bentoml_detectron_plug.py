@@ -1,8 +1,8 @@
-"""Makes ``bentoml.detectron`` after a plain ``import bentoml`` mean this package.
+"""Makes ``bentoml.detectron`` mean this package after a plain ``import bentoml``.
 
-``bentoml_detectron_plug.pth``, which Python runs when it starts, puts a finder at the head of ``sys.meta_path`` that asks this
-module about two names. Set the environment variable ``BENTOML_DETECTRON_PLUG=0`` to leave BentoML's own attribute as it is.
-ARCHITECTURE.md explains why it is needed.
+``bentoml_detectron_plug.pth``, which Python runs when it starts, puts a finder at the head of ``sys.meta_path``. The finder
+asks this module about two names. The environment variable ``BENTOML_DETECTRON_PLUG=0`` leaves BentoML's own attribute as it
+is. ARCHITECTURE.md, "The plug", explains why this is needed.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Save, load and serve Detectron2 models with BentoML.
 
-The same names are reached as ``bentoml.detectron``. Importing this package imports neither PyTorch nor Detectron2 nor BentoML;
-each name brings what it needs when it is first used.
+``bentoml.detectron`` has the same names. Importing this package imports neither PyTorch nor Detectron2 nor BentoML; each name
+imports what it needs when it is first used.
 """
 
 from __future__ import annotations

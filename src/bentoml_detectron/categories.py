@@ -1,4 +1,4 @@
-"""A COCO file's categories as the names of a model's classes."""
+"""A COCO file's categories as the class names of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`draw`: the picture with what was found on it, by the supervision library and Pillow."""
+"""`draw`: the image with what was found drawn on it, by the supervision library and Pillow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that this package raises.
+"""The errors that this package raises.
 
 Each class is under one of BentoML's exceptions, so that the right HTTP status follows::
 
@@ -7,26 +7,26 @@ Each class is under one of BentoML's exceptions, so that the right HTTP status f
     │   ├── UnknownDeviceError
     │   ├── RequestError            an HTTP request that cannot be understood; it carries its status
     │   └── ImageError              an image of the call cannot be used
-    │       ├── UnsupportedImageError   its format or colour mode is none that is taken (415)
+    │       ├── UnsupportedImageError   its format or colour mode is not accepted (415)
     │       ├── DamagedImageError       it is cut short or damaged
-    │       └── ImageTooLargeError      it has more pixels or bytes than the limit (413)
+    │       └── ImageTooLargeError      it has more pixels or bytes than the limit allows (413)
     ├── ModelNotFoundError          NotFound (404)
     ├── DependencyMissingError      MissingDependencyException
     │   └── DetectronMissingError
     ├── OutOfMemoryError            ServiceUnavailable (503)
     ├── OverloadedError             ServiceUnavailable (503)
     ├── NotReadyError               ServiceUnavailable (503)
-    │   └── ModelEndedError         the process that a service has its model in is gone
+    │   └── ModelEndedError         the process that holds a service's model is gone
     ├── InvalidModelError           a saved model that cannot be used
     │   ├── CorruptFileError        a file is damaged or missing
     │   ├── UnsafeFileError         a file holds what no saved model should
-    │   │   └── UntrustedCodeError  it asks for code that the caller has not said to trust
+    │   │   └── UntrustedCodeError  it needs code that the caller does not trust
     │   ├── UnsupportedFormatError  written by a later version
-    │   ├── UnknownEntryError       the config names a registry entry that is not there
+    │   ├── UnknownEntryError       the config names a registry entry that does not exist
     │   └── WeightsMismatchError    weights and config do not belong together
     ├── OptimizationError           a model in another precision is not worth it
-    ├── SaveError                   the store could not take the model
-    └── OutputError                 a dataset's results cannot be written where they should
+    ├── SaveError                   the model could not be put into the store
+    └── OutputError                 a dataset's results cannot be written to their place
 
 A message names the offending value and the cure; the value is also an attribute.
 """

@@ -1,8 +1,8 @@
-"""Several images through a Detectron2 model at once, each with options of its own, and the model left as it is.
+"""Runs several images through a Detectron2 model at once, each with its own options, and leaves the model as it is.
 
-A model keeps its score threshold in its modules. Other thresholds are set in a *view* of the model: shallow copies of the few
-modules on the way to where a threshold is, all else shared, parameters included. So threads with different thresholds share
-one model.
+A model keeps its score threshold in its modules. To use another threshold, a *view* of the model is made: the few modules on
+the way to the threshold are shallow copies, and everything else is shared, parameters included. So threads with different
+thresholds share one model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A model from what Detectron2's own tools take: a config file, ``KEY VALUE`` overrides and a file of weights.
+"""Builds a model from what Detectron2's own tools take: a config file, ``KEY VALUE`` overrides and a file of weights.
 
-Nothing is unpickled and nothing is fetched. A LazyConfig file is a program, and runs only for who says so.
+Nothing is unpickled and nothing is fetched. A LazyConfig file is a program; it runs only if the caller trusts it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The size that an encoded image's header claims, in a few steps whatever the file holds; nothing is decoded or checked."""
+"""The size that an encoded image's header claims, found in few steps whatever the file holds; nothing is decoded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """From what a caller gives as an image to pixels as Detectron2 takes them.
 
-Encoded images may come from anyone. Four formats are taken, each by its first bytes and never by a file's name; their size is
-known before anything is decoded; and what Pillow does beside decoding (texts, profiles, animations, whole EXIF blocks) is kept
-from happening: it warns of every oddity there, and fails for what is no part of the picture.
+Encoded images may come from anyone. Four formats are accepted, recognised by their first bytes and never by a file's name.
+Their size is known before anything is decoded. Pillow also reads texts, profiles, animations and whole EXIF blocks; here it
+does not get them, because it warns of every oddity in them, and fails for what is no part of the picture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Importing PyTorch and Detectron2 for six tenths of what it costs; each process that loads a model begins with it."""
+"""Imports PyTorch and Detectron2 in six tenths of the usual time; each process that loads a model begins with it."""
 
 from __future__ import annotations
 

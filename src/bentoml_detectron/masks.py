@@ -1,7 +1,7 @@
-"""Masks as run lengths: from a model's small soft masks straight to COCO's RLE, without the bitmaps in between.
+"""Masks as run lengths: from a model's small soft masks straight to COCO's RLE, without bitmaps in between.
 
-Inside this module a mask is mostly its *toggles*: the pixels x, y where it changes, column by column, from off. Those of many
-masks are found together, in arrays over the columns of all of them.
+Inside this module a mask is mostly its *toggles*: the pixels (x, y) at which it changes between off and on, column by column,
+starting with off. The toggles of many masks are found together, in arrays over the columns of all of them.
 """
 
 from __future__ import annotations

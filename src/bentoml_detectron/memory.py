@@ -1,7 +1,7 @@
-"""What a process keeps: memory that PyTorch frees, and objects that need no looking after.
+"""What a process keeps: memory that PyTorch frees, and objects that Python's garbage collector can skip.
 
-A forward pass on the CPU makes and frees gigabytes of feature maps. Glibc gives each large block back to the system at once,
-which then has to find, clear and map new pages for the next; ``benchmarks/bench_speed.py`` measures what that costs.
+A forward pass on the CPU allocates and frees gigabytes of feature maps. glibc returns each large block to the system at once,
+which then has to find, clear and map new pages for the next one; ``benchmarks/bench_speed.py`` measures what that costs.
 """
 
 from __future__ import annotations

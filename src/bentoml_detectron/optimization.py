@@ -1,4 +1,4 @@
-"""`optimize`: a saved model calibrated for int8 on a user's own images, measured, and saved where it is worth it."""
+"""`optimize`: calibrates a saved model for int8 on a user's own images, measures it, and saves it if it is worth it."""
 
 from __future__ import annotations
 

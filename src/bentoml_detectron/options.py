@@ -1,4 +1,4 @@
-"""What a caller wants of one image's results: a score threshold, some of the classes, the best few."""
+"""What a caller wants of one image's results: a score threshold, some of the classes, the best few detections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contours of a bitmap along the edges of its pixels."""
+"""The contours of a bitmap, along the edges of its pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A segmentation of a whole image into things and stuff, as plain NumPy: `PanopticSegmentation` and its `Segment`."""
+"""A segmentation of a whole image into things and stuff, in plain NumPy: `PanopticSegmentation` and its `Segment`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Predictor`: images to `Detections`, several at a time, by any number of threads."""
+"""`Predictor`: from images to `Detections`, several images at a time, from any number of threads."""
 
 from __future__ import annotations
 

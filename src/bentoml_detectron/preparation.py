@@ -1,4 +1,4 @@
-"""Images on their way to a model: decoded, scaled, and how much room they will have there. It needs no PyTorch."""
+"""Prepares images for a model: decodes and scales them, and computes their padded shape. It needs no PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running service as a source of `Detections`: what it finds on images, over HTTP."""
+"""`Remote`: a running service as a source of `Detections`, over HTTP."""
 
 from __future__ import annotations
 

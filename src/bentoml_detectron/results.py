@@ -1,6 +1,6 @@
-"""What a model found on one image, as plain NumPy: `Detections` and its conversions.
+"""What a model found on one image, in plain NumPy: `Detections` and its conversions.
 
-Reading them needs neither PyTorch nor Detectron2.
+Reading `Detections` needs neither PyTorch nor Detectron2.
 """
 
 from __future__ import annotations

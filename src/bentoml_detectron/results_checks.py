@@ -1,4 +1,4 @@
-"""What may be in a `Detections`: each function gives a part as it is kept, or an `InvalidArgumentError` that names it."""
+"""Checks the fields of `Detections`: each function returns the value to keep, or raises `InvalidArgumentError`."""
 
 from __future__ import annotations
 

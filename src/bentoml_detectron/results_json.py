@@ -1,7 +1,7 @@
-"""The JSON of `Detections`, described by ``docs/detections.schema.json``: from arrays to text, and back from any text.
+"""The JSON of `Detections`, described by ``docs/detections.schema.json``: writing it, and reading it from any source.
 
-What is read may come from anyone. Nothing is taken for something else (a number for a string, true for 1), and nothing is made
-of a map before its PNG is known to be of the image's size.
+The text may come from anyone. Types are not converted (a number is no string, true is not 1), and a map is not decoded before
+its PNG is known to have the image's size.
 """
 
 from __future__ import annotations

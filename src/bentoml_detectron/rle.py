@@ -1,6 +1,6 @@
-"""COCO's RLE as a string: the runs of masks written, and those of a mask from elsewhere checked and read.
+"""COCO's RLE as a string: writing the runs of masks, and checking and reading those of masks from elsewhere.
 
-An RLE is what pycocotools writes: the lengths of runs of 0 and 1 in turn, column by column, in a compressed string.
+An RLE is what pycocotools writes: the lengths of alternating runs of 0 and 1, column by column, in a compressed string.
 """
 
 from __future__ import annotations

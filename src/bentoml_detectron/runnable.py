@@ -1,4 +1,4 @@
-"""BentoML's legacy runner API, for services of BentoML 1.3 and before that run on in 1.4."""
+"""BentoML's legacy runner API, for services of BentoML 1.3 and earlier that still run in 1.4."""
 
 from __future__ import annotations
 

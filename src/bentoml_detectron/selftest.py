@@ -1,9 +1,9 @@
 """The self-test: what a model finds on one fixed image, recorded when it is saved and compared when it is verified.
 
-The image is small and goes to the model as it is, without the resize, and few of the proposals are looked at, so that it costs
-little. Thresholds are lifted, so that something is found whatever the model was trained on; the model's own thresholds, and all
-other plain settings of its modules, are recorded beside. So are its features in short: they tell of a change even where a model
-is not trained and what it finds depends on the last bit.
+To cost little, the image is small and is not resized, and the model looks at few proposals. Thresholds are lifted, so that
+something is found whatever the model was trained on. The record also has the model's own thresholds and all other plain
+settings of its modules, and a short summary of its features: that shows a change even where a model is not trained and what it
+finds depends on the last bit.
 """
 
 from __future__ import annotations

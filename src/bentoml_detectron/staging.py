@@ -1,10 +1,10 @@
-"""Putting a folder into BentoML's store whole or not at all.
+"""Puts a folder into BentoML's store whole or not at all.
 
-BentoML makes the final folder and copies file after file into it: a reader, a crash or a full disk in between leaves half a
-model that `get` returns, or that breaks `list` for the whole store. Here a model is written beside the store, made durable, and
-appears under its final name by one rename. `latest` is replaced by one rename too.
+BentoML makes the final folder and copies file after file into it. A reader, a crash or a full disk in between finds or leaves
+half a model, which `get` returns, or which breaks `list` for the whole store. Here a model is written beside the store, made
+durable, and appears under its final name by one rename. `latest` is replaced by one rename too.
 
-A save that is killed leaves its staging folder; the next save takes it away, once nobody holds its lock.
+A save that is killed leaves its staging folder. The next save removes it, once no process holds its lock.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``save_model``, ``load_model`` and ``get`` over BentoML's model store."""
+"""`save_model`, `load_model`, `load_predictor` and `get`, over BentoML's model store."""
 
 from __future__ import annotations
 

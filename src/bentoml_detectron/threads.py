@@ -1,4 +1,4 @@
-"""How long PyTorch's threads wait for each other at full speed, which is decided by a variable of the environment."""
+"""How long PyTorch's threads spin while they wait for each other, which an environment variable decides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``verify``: whether a saved model is still what was saved, and still finds the same."""
+"""`verify`: checks whether a saved model is still what was saved, and still finds the same."""
 
 from __future__ import annotations
 

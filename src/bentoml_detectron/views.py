@@ -1,4 +1,4 @@
-"""Views of modules: other modules with the same parameters, to change or to write to while others use the first."""
+"""Views of modules: copies that share the parameters, to change or write to while others use the original."""
 
 from __future__ import annotations
 

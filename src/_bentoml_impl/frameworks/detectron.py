@@ -1,7 +1,7 @@
-"""Where BentoML looks for the adapter behind ``bentoml.detectron``: the names of ``bentoml_detectron``, and nothing else.
+"""The adapter behind ``bentoml.detectron``, where BentoML looks for it: the names of ``bentoml_detectron`` only.
 
-Each import of ``bentoml.detectron`` runs this file again, so it holds none of its own; each name brings what it needs when it
-is first used.
+Each import of ``bentoml.detectron`` runs this file again, so it holds no state. Each name imports what it needs when it is
+first used.
 """
 
 from typing import TYPE_CHECKING, Any

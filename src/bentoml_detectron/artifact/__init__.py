@@ -1,4 +1,4 @@
-"""What a saved model is on disk. Knows no BentoML.
+"""A saved model on disk: writing its files and reading them. This package knows nothing of BentoML.
 
-Reading goes in this order and no other: bound and check the bytes, parse them into inert data, decide, and only then build.
+Reading always goes in one order: bound and check the bytes, parse them into inert data, decide, and only then build.
 """

@@ -1,7 +1,8 @@
 """Models that BentoML's own adapter wrote (API version ``v1``; BentoML 1.0 to 1.4).
 
-Their config is pickled, in ``custom_objects.pkl``. It is read in two passes: the first looks at the opcodes alone and refuses
-what a config never needs; the second builds, with every class replaced by an inert one of this module. Nothing is imported.
+Their config is pickled, in ``custom_objects.pkl``. It is read in two passes. The first looks only at the opcodes and refuses
+what a config never needs. The second builds the config, with every class replaced by an inert one of this module. Nothing is
+imported.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""``external_modules.zip``: source of the modules that a model needs and no distribution has, and its import.
+"""``external_modules.zip``: source of the modules that a model needs and that no distribution has, and its import.
 
-Nothing of it is imported unless the caller trusts the model's code, and says so. It is read once, checked, and imported from
-memory: what another process does to the file later, and Python's own memory of archives, have no part in it.
+Nothing of it is imported unless the caller says that the model's code is trusted. The archive is read once, checked, and
+imported from memory. So later changes to the file, and Python's own cache of archives, have no effect.
 """
 
 from __future__ import annotations

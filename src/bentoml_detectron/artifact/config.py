@@ -1,6 +1,7 @@
 """``config.yaml``: a Detectron2 CfgNode as plain data, and back without loss.
 
-YAML has no tuples, so the manifest lists where they are. Nothing here follows ``_BASE_``, resolves a tag or imports by name.
+YAML has no tuples, so the manifest lists where they are. Nothing here follows ``_BASE_`` or resolves a tag. Only
+`import_entries` imports modules by name: those that the manifest lists, if they are Detectron2's own or trusted.
 """
 
 from __future__ import annotations

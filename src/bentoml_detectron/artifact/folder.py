@@ -1,4 +1,4 @@
-"""A saved model's folder as a whole: writing its parts, sealing them with a manifest, and opening it again."""
+"""A saved model's folder as a whole: writing its files, sealing them with a manifest, and opening it again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Models of a LazyConfig: the model's node as plain data; `lazy_build` builds the module from them again.
+"""A LazyConfig's model node as plain data; `lazy_build` builds the module from that data.
 
-The plain data follow Hydra's conventions: ``_target_`` with a dotted name is a call, ``_args_`` its positional arguments,
-``_partial_: true`` makes it a ``functools.partial``, and a class or function that is itself an argument is a call of
-``hydra.utils.get_object``, which here only marks a name.
+The plain data follow Hydra's conventions. ``_target_`` with a dotted name is a call, and ``_args_`` are its positional
+arguments. ``_partial_: true`` makes it a ``functools.partial``. A class or function that is itself an argument is a call of
+``hydra.utils.get_object``, which here only marks a name and is never called.
 """
 
 from __future__ import annotations

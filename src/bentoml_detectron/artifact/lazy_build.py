@@ -1,6 +1,6 @@
-"""Building a model from the plain data of a LazyConfig, with nothing run but what Detectron2's models are built of.
+"""Builds a model from the plain data of a LazyConfig, and runs only what Detectron2's models are built of.
 
-A saved model may say anything. Hydra's and Detectron2's own ``instantiate`` import whatever a name says; they have no part
+A saved model may name any code. Hydra's and Detectron2's own ``instantiate`` import whatever a name says, so they are not used
 here.
 """
 

@@ -1,7 +1,7 @@
 """``manifest.json``: what a saved model says of itself.
 
-One entry is the SHA-256 of the file itself, with zeros in that entry's place, so no flipped bit goes unseen. Format changes:
-raise `FORMAT`, and keep reading the earlier ones beside `Manifest`, one function a format.
+One entry is the SHA-256 of the file itself, computed with zeros in that entry's place, so that any damage is found. To change
+the format, raise `FORMAT`, and keep a reader of each earlier format beside `Manifest`, one function per format.
 """
 
 from __future__ import annotations

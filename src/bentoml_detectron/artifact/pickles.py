@@ -1,8 +1,11 @@
 """What a pickle would do, read from its opcodes alone: nothing is built, called or imported.
 
-An unpickler that refuses to import can still be made to run for ever, to fill the memory or to crash: by tuples inside tuples
-that unfold to more values than there are atoms when they are hashed or spelled, or that are nested so deep that the stack ends;
-by keys that all have one hash; or by a memo index of two billion.
+An unpickler that refuses to import can still be made to run for ever, to fill the memory or to crash:
+
+- by tuples inside tuples, which unfold to more values than there are atoms when they are hashed or printed, or which are
+  nested so deep that the stack ends;
+- by keys that all have the same hash;
+- by a memo index of two billion.
 """
 
 from __future__ import annotations

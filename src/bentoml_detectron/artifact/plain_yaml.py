@@ -1,7 +1,7 @@
 """YAML of a saved model, checked event by event before anything is built.
 
-PyYAML's safe loaders build no foreign objects, but libyaml's composer overflows the C stack on deep nesting, aliases unfold
-without end, and base-60 integers (``1:1:1:...``) take time that grows with the square of their length.
+PyYAML's safe loaders build no foreign objects, but that is not enough: libyaml's composer overflows the C stack on deep
+nesting, aliases unfold without end, and base-60 integers (``1:1:1:...``) take time that grows with the square of their length.
 """
 
 from __future__ import annotations

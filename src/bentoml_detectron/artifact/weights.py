@@ -1,4 +1,4 @@
-"""``saved_model.pth``: a Checkpointer's file, written once, read as tensors and nothing else."""
+"""``saved_model.pth``: written by Checkpointer, read as tensors and nothing else, as are checkpoints from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The ``.pkl`` weights of Detectron2's model zoo and of Detectron 1: pickled NumPy arrays, read as arrays and nothing else.
 
-As with a checkpoint's structure, the opcodes are checked first; then an unpickler that knows a handful of NumPy's names reads
-them, each replaced by a thing of this module that bounds what it is given.
+As with a checkpoint's structure, the opcodes are checked first. Then an unpickler that knows a handful of NumPy's names reads
+the arrays. It replaces each name by a class or function of this module that checks and bounds its arguments.
 """
 
 from __future__ import annotations

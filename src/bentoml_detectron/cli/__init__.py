@@ -1,4 +1,4 @@
-"""``bentoml detectron COMMAND``, one module a command, imported when it is called."""
+"""``bentoml detectron COMMAND``: one module per command, imported when the command is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``bentoml detectron demo``: from a predictor to the store and back to an annotated picture."""
+"""``bentoml detectron demo``: saves the demo model, loads it back, and draws what it finds on a sample image."""
 
 from __future__ import annotations
 

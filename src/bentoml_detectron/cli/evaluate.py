@@ -1,4 +1,4 @@
-"""``bentoml detectron evaluate``: how good a saved model, or a running service, is on a dataset."""
+"""``bentoml detectron evaluate``: measures a saved model, or a running service, on an annotated dataset."""
 
 from __future__ import annotations
 

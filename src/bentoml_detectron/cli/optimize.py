@@ -1,4 +1,4 @@
-"""``bentoml detectron optimize``: a saved model calibrated on a user's own images, so that it runs faster."""
+"""``bentoml detectron optimize``: calibrates a saved model for int8 on a user's own images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands share: the options by which a model is loaded, and a bar of what is done."""
+"""What several commands share: the options for loading a model, and a progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``bentoml detectron predict``: a saved model over a whole dataset, into files."""
+"""``bentoml detectron predict``: runs a saved model over a whole dataset and writes the results to files."""
 
 from __future__ import annotations
 

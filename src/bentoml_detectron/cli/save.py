@@ -1,4 +1,4 @@
-"""``bentoml detectron save``: from a config file and weights to BentoML's model store."""
+"""``bentoml detectron save``: saves a model from a config file and weights to BentoML's model store."""
 
 from __future__ import annotations
 

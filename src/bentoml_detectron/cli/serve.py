@@ -1,4 +1,4 @@
-"""``bentoml detectron serve``: a server for a saved model, without a line of code."""
+"""``bentoml detectron serve``: starts a server for a saved model, without any code of the user's."""
 
 from __future__ import annotations
 

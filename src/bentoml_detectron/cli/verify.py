@@ -1,4 +1,4 @@
-"""``bentoml detectron verify``: whether a saved model is still what was saved."""
+"""``bentoml detectron verify``: checks whether a saved model is still what was saved."""
 
 from __future__ import annotations
 

@@ -1,7 +1,12 @@
-"""Whole datasets through a model: `predict`, lazily, and `write`, to files.
+"""Runs a model over whole datasets: `predict` gives results lazily, `write` writes them to files.
 
-`sources` says what the images are, `local` runs the model over them, `formats` writes what was found, `parts` keeps what is
-finished, `work` is what is done with a chunk of images wherever it is done, and `runs` ties these together.
+- `sources` finds the images.
+- `local` runs the model over them.
+- `formats` writes the results.
+- `parts` keeps what is finished.
+- `work` does what is to be done with a chunk of images, wherever that happens.
+- `engine` and `on_ray` decide where it happens.
+- `runs` ties these together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it: chunks of images, and outcomes."""
+"""The input and output of `local`: chunks of images, and the outcome of each image."""
 
 from __future__ import annotations
 

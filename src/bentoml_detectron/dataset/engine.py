@@ -1,4 +1,4 @@
-"""Where the chunks of a run are worked on: in this process, or by whom it asks."""
+"""Where the chunks of a run are worked on: the protocol `Engine`, and `Local`, which uses this process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The forms that results are written in. Each is made in three steps, so that any number of machines can share the first two.
+"""The output formats. Results are written in three steps, so that any number of machines can share the first two.
 
-An image's result becomes a piece, in any thread; a chunk's pieces become a part, which is a file or a folder; and the parts
-together, in their order, the output.
+1. An image's result becomes a piece, in any thread.
+2. A chunk's pieces become a part, which is a file or a folder.
+3. All parts together, in their order, become the output.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The local engine: images are decoded in threads while the model runs; its batches depend on places in a chunk alone.
+"""Runs a model over chunks in this process: threads decode images ahead while the model runs.
 
-The model runs in the thread of whoever asks for the next result. A chunk is a run of images of which batches are formed; no
-batch has images of two, so that a chunk's results do not depend on what was done before it.
+The model runs in the thread that asks for the next result. Batches are formed inside a chunk, by the images' order and shapes
+alone; no batch has images of two chunks. So a chunk's results do not depend on what was done before it.
 """
 
 from __future__ import annotations

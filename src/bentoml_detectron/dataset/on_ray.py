@@ -1,8 +1,8 @@
-"""The Ray engine: chunks are worked on by processes of a cluster, each of which loads the model once.
+"""The Ray engine: processes of a cluster work on chunks, and each loads the model once.
 
-Ray Data hands the chunks out, a row each, and has a row done again where a worker dies over it. A row is a few numbers: the
-images stand in the run's list, and the results go into the run's folder, both on storage that the cluster shares. So nothing
-large goes through Ray, and a chunk that is done twice does no harm.
+Ray Data hands out the chunks, one per row, and repeats a row if its worker dies. A row is a few numbers. The images stand in
+the run's list, and the results go into the run's folder; both are on storage that the cluster shares. So nothing large goes
+through Ray, and a chunk that is done twice does no harm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results as Parquet: one row a detection, or one row an image."""
+"""Results as Parquet: one row per detection, or one row per image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in Parquet: encoded, as bytes in a column, with a name in another one."""
+"""Images in Parquet files: encoded images as bytes in one column, with their names in another."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""An unfinished run's folder beside its output, ``OUT.parts``: what is whole in it, and how the output comes of it.
+"""The folder of an unfinished run beside its output, ``OUT.parts``: what is finished, and how the output is made of it.
 
-It holds the plan, the list of sources, and a folder a finished chunk. A chunk's folder appears by one rename, and so does each
-output, when all are written and a mark says so; then the folders go. A run that is killed at any moment leaves what the next
-one goes on with. Only who holds the lock inside writes there, but for those that the holder has asked to work on chunks.
+The folder holds the plan, the list of sources, and one folder per finished chunk. A chunk's folder appears by one rename. When
+all outputs are written and a mark file says so, each output appears by one rename too, and the folders are removed. Whenever a
+run is killed, the next run can go on from what is left. Only the process that holds the lock in the folder writes there, and
+the workers that it has asked to work on chunks.
 """
 
 from __future__ import annotations

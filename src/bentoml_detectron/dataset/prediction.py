@@ -1,4 +1,4 @@
-"""What is found on one image of a dataset, and what is not: `Prediction` and `Failure`."""
+"""The result of one image of a dataset: a `Prediction`, or a `Failure` if the image cannot be used."""
 
 from __future__ import annotations
 

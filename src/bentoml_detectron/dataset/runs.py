@@ -1,4 +1,4 @@
-"""A whole run: from sources and a model to outputs that are there whole or not at all."""
+"""A whole run: from sources and a model to outputs that appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What the images of a dataset are, one by one and in order: files, folders, globs, annotation files, Parquet, a list on stdin.
+"""Finds the images of a dataset, in order: files, folders, globs, annotation files, Parquet, or a list on stdin.
 
-Nothing is decoded here, and nothing fetched. What a file is, its first bytes say; a folder's images have the usual endings.
+Nothing is decoded and nothing is fetched here. A named file's kind is told by its first bytes; in a folder, images are told by
+their usual suffixes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The work on chunks of a dataset, whoever does it: from images to finished parts in a folder.
+"""The work on chunks of a dataset, wherever it is done: from images to finished parts in a folder.
 
-`Work` is plain values, so that it can be sent to where the work is done; there it needs the model's store, the images and the
-folder. What an engine has to do is to call `run` somewhere with chunks, whatever their order, and to pass on what it gives.
+`Work` consists of plain values, so that it can be sent to where the work is done. What is needed there is the model store, the
+images and the folder. An engine only has to call `run` there with chunks, in any order, and to pass on what it yields.
 """
 
 from __future__ import annotations

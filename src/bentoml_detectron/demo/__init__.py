@@ -1,6 +1,6 @@
 """A small trained model that comes with the package: a Mask R-CNN that finds and segments handwritten digits.
 
-``tools/train_demo.py`` trained it, with Detectron2's trainer. Its 20 sample images are held out from training.
+``tools/train_demo.py`` trained it, with Detectron2's trainer. Its 20 sample images were held out from training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Ways to run a model's heavy parts faster than Detectron2 does, on the same control flow.
+"""Runs a model's heavy parts faster than Detectron2 does, with the same control flow.
 
-There is one seam: a part of a model (`parts`) becomes a graph of tensors (`graph`), and an engine (`eager`) runs that. What an
-engine cannot run, or does not run right, stays as it is.
+A part of a model (`parts`) becomes a module from tensors to tensors (`graph`), and an engine (`eager`) runs that. If an engine
+cannot run a part, or does not run it correctly, the model's own part is kept.
 """
 
 from __future__ import annotations

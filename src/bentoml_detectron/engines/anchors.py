@@ -1,4 +1,4 @@
-"""Anchors of the image sizes that came last, which Detectron2 makes anew for each image."""
+"""Keeps the anchors of the last image sizes, which Detectron2 makes anew for each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's own kernels, with weights and features laid out as these like it best, in fp32, bf16 or int8."""
+"""Runs a part with PyTorch's own kernels, in fp32, bf16 or int8, in the layouts that are fastest for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Convolutions that add and rectify on their way out, instead of in passes of their own over memory.
+"""Convolutions that also add and rectify, instead of doing so in passes of their own over memory.
 
-PyTorch has these as the operators that its compiler uses for x86 processors (oneDNN's post-ops). In bf16 a pass over a feature
-map can take as long as the convolution that made it.
+PyTorch has such operators for its compiler, for x86 processors (oneDNN's post-ops). In bf16 a pass over a feature map can take
+as long as the convolution that made it.
 """
 
 from __future__ import annotations

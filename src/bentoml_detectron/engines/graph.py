@@ -1,4 +1,4 @@
-"""A part of a model as a module from tensors to tensors, ready to be computed in other ways than it was written for."""
+"""A part of a model as a module from tensors to tensors, which engines can compute in other ways than it was written for."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 """Convolutions in 8-bit integers, by the operators that PyTorch's compiler uses for x86 processors (oneDNN's).
 
-As in Jacob et al. 2018 and Krishnamoorthi 2018: activations have one range a tensor, measured on a user's own images; weights
-have one scale an output channel, which follows from the weights; products are summed in 32 bits. Features stay integers from
-one convolution to the next.
+The method is that of Jacob et al. 2018 and Krishnamoorthi 2018. Activations have one range per tensor, measured on a user's
+own images. Weights have one scale per output channel, computed from the weights. Products are summed in 32 bits. Features stay
+integers from one convolution to the next.
 
-Processors with VNNI or AMX sum so at once. Others, with AVX2 or AVX512, first add two products in 16 bits, which overflow where
-both weights are large (oneDNN's documentation, "Nuances of int8 computations"); there weights have 7 bits, of which no two do.
+Processors with VNNI or AMX sum in 32 bits at once. Others, with AVX2 or AVX512, first add two products in 16 bits, which
+overflows if both weights are large (oneDNN's documentation, "Nuances of int8 computations"). There, weights have 7 bits, and
+two products fit.
 """
 
 from __future__ import annotations

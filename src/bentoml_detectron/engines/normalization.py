@@ -1,7 +1,7 @@
-"""Detectron2's ``preprocess_image`` in two passes over an image, laid out as the convolutions like it best.
+"""Detectron2's ``preprocess_image`` in two passes over an image, in the layout that is fastest for convolutions.
 
-Detectron2 goes over an image's pixels color by color, pads the result, and makes planes of it, of which an engine would make
-pixels again. Here rows of pixels are taken as they lie, right into what the backbone takes.
+Detectron2 goes over an image's pixels colour by colour, pads the result, and lays it out in planes, which an engine would have
+to turn back into pixels. Here, rows of pixels are normalized as they are stored, right into the backbone's input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights of convolutions in the layouts of oneDNN's kernels, which would put others in order at each call."""
+"""Weights of convolutions in the layouts of oneDNN's kernels, which would otherwise reorder them at each call."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The parts of a Detectron2 model that take nearly all of its time, and how others are put in their places.
+"""The parts of a Detectron2 model that take nearly all of its time, and how they are replaced.
 
-Detectron2's own control flow stays: a model is given as a view of itself in which heavy modules, or the one method of theirs
-that computes, are others. So every architecture profits from what it has of these, and the model that was given is left as it
-is.
+Detectron2's own control flow stays. Parts are replaced in a view of the model: heavy modules, or the one method of theirs that
+computes, are others there. So every architecture is faster as far as it has such parts, and the given model is left as it is.
 """
 
 from __future__ import annotations

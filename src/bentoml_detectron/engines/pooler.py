@@ -1,4 +1,4 @@
-"""Detectron2's ``ROIPooler`` over `roi_align`."""
+"""Detectron2's ``ROIPooler``, computed by `roi_align`."""
 
 from __future__ import annotations
 

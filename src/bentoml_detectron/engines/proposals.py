@@ -1,7 +1,7 @@
 """The RPN's choice of proposals, without the work for anchors that are not chosen.
 
-Detectron2 sorts all scores of a level and decodes the boxes of all its anchors, a quarter of a million of them at 800x1088, to
-take a thousand. Here the best are taken first; and of all levels' best, only as many are compared with each other as it takes.
+To take a thousand proposals, Detectron2 sorts all scores of a level and decodes the boxes of all its anchors, a quarter of a
+million of them at 800x1088. Here the best anchors are taken first, and NMS compares only as many of them as it needs.
 """
 
 from __future__ import annotations

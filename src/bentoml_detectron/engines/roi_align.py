@@ -1,9 +1,9 @@
 """RoIAlign on the CPU as a weighted sum of rows of channels-last feature maps.
 
-Each output of RoIAlign (He et al. 2017, section 3) is an average of bilinear samples, so a weighted sum of the feature rows
-around them. The weights are a product of one factor along y and one along x: a bin's samples along an axis are merged into one
-weight for each pixel that they touch, and `torch.nn.functional.embedding_bag` sums the rows. Torchvision's kernel reads four
-rows a sample, channel by channel.
+Each output of RoIAlign (He et al. 2017, section 3) is an average of bilinear samples, so it is a weighted sum of the feature
+rows around them. A weight is the product of one factor along y and one along x. Along each axis, a bin's samples are merged
+into one weight for each pixel that they touch. `torch.nn.functional.embedding_bag` sums the rows. Torchvision's kernel reads
+four rows per sample instead, channel by channel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nested lists, tuples and dicts of tensors as flat lists, so that one engine runs modules of any signature."""
+"""Nested lists, tuples and dicts of tensors as flat lists, so that one engine can run modules of any signature."""
 
 from __future__ import annotations
 

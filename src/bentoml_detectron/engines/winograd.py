@@ -1,10 +1,12 @@
-"""Convolutions of 3x3 windows with half of the products, by Winograd's minimal filtering.
+"""3x3 convolutions with half of the products, by Winograd's minimal filtering.
 
-As in Lavin and Gray 2015 (arXiv:1509.09308), but along the rows alone: of m + 2 rows of the input, m rows of the output follow
-by m + 2 products in place of 3 m. A product is a convolution with a window of 1x3, which oneDNN has kernels for; before and
-after them whole rows are multiplied by small matrices. Along both directions there would be a fourth of the products, more
-passes over memory, and a larger error; along one, in float32, it is about three times that of the convolution itself, where
-values are alike. In bfloat16 factors and products would be rounded to 8 bits once more.
+The method is that of Lavin and Gray 2015 (arXiv:1509.09308), but along the rows only. From m + 2 rows of the input, m rows of
+the output follow by m + 2 products instead of 3 m. A product is a convolution with a window of 1x3, for which oneDNN has
+kernels. Before and after the products, whole rows are multiplied by small matrices.
+
+Filtering along both directions would take a fourth of the products, but more passes over memory, and its error is larger.
+Along one direction, in float32, the error is about three times that of the convolution itself if the values are of similar
+size. In bfloat16, factors and products would be rounded to 8 bits once more.
 """
 
 from __future__ import annotations

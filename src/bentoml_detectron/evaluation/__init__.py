@@ -1,4 +1,4 @@
-"""`evaluate`: what a model found on a dataset, wherever it was found, against what is there; `compare`: two models on one."""
+"""`evaluate`: measures predictions, wherever they come from, against a ground truth. `compare`: compares two models."""
 
 from __future__ import annotations
 

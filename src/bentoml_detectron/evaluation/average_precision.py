@@ -1,4 +1,4 @@
-"""Average precision of boxes, masks and keypoints by pycocotools, and from its matches for images weighed anew."""
+"""Average precision of boxes, masks and keypoints, by pycocotools; also from its matches, for other weights of the images."""
 
 from __future__ import annotations
 

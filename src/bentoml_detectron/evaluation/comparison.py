@@ -1,8 +1,8 @@
-"""`compare`: how far two models are apart, and how sure that is, by the bootstrap over images.
+"""`compare`: how far two models are apart, and how certain that is, by the bootstrap over images.
 
 The bootstrap is that of Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13: images are drawn with
-replacement, as many as there are, and the interval is between percentiles of the differences. It is paired: both models are
-measured on the same images of each draw. Metrics are accumulated from the matches of each image, which are found once.
+replacement, as many as there are, and the interval lies between percentiles of the differences. It is paired: both models are
+measured on the same images of each draw. Each image's matches are found once, and metrics are accumulated from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is on a dataset's images: COCO's annotation files, and folders of semantic maps, read and checked."""
+"""Ground truths, read and checked: COCO's annotation files, and folders of semantic maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation as tables: what it measured, class by class, and how far it is from another."""
+"""An evaluation as tables: its metrics, overall and by class, and how far it is from another evaluation."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Panoptic quality and the mean IoU of semantic maps, from counts of each image.
+"""Panoptic quality, and the mean IoU of semantic maps, from counts of each image.
 
-Panoptic quality is that of Kirillov et al., "Panoptic Segmentation" (CVPR 2019), with their rules for void and crowds. Mean IoU
-is that of Everingham et al., "The PASCAL Visual Object Classes Challenge" (IJCV 2010), over the classes that the ground truth
-has, as in the ``SemSegEvaluator`` of Detectron2's main branch; that of version 0.6 also counts classes that are only found.
+Panoptic quality is that of Kirillov et al., "Panoptic Segmentation" (CVPR 2019), with their rules for void and crowds. Mean
+IoU is that of Everingham et al., "The PASCAL Visual Object Classes Challenge" (IJCV 2010), over the classes that the ground
+truth has. The ``SemSegEvaluator`` of Detectron2's main branch computes it in the same way; that of version 0.6 also counts
+classes that are only found.
 """
 
 from __future__ import annotations

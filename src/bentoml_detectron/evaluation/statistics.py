@@ -1,4 +1,4 @@
-"""What is known after all images: each task's metrics, and what gives them again for images weighed anew."""
+"""The result of an evaluation: each task's metrics, and the statistics that give them again for other image weights."""
 
 from __future__ import annotations
 

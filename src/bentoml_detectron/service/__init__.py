@@ -1,4 +1,4 @@
-"""A BentoML service for any saved model: `get_service`."""
+"""`get_service`: a BentoML service for any saved model."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""The model in a process of its own, or in several, beside the worker that answers for it.
+"""Runs the model in one process, or in several, beside the worker that answers requests.
 
-In one process, each of the model's many small steps would have to wait until the event loop gives Python's lock away, and both
-would slow down where many requests come (``benchmarks/bench_overload.py``). The worker starts the process, has a socket with it
-that nobody else has, and sends it arrays; results come back pickled. It ends with the worker.
+If worker and model shared a process, each of the model's many small steps would have to wait until the event loop releases
+Python's interpreter lock, and both would slow down under many requests (``benchmarks/bench_overload.py``). The worker starts
+the model's process and shares a socket with it that nobody else has. It sends arrays; results come back pickled. The process
+ends with the worker.
 
-Two such processes, each with half of the threads, do more than one with all: while one waits for requests, or is at what one
-thread alone can do, the other computes.
+Two such processes with half of the threads each do more than one with all threads: while one waits for requests, or runs a
+step that only one thread can do, the other computes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The model's side of a worker: requests wait in one queue, from which the model's instances take batches, each by a thread.
+"""The model's side of a worker: requests wait in one queue, and one thread per model instance takes batches from it.
 
-What waits when an instance is free is its next batch, or its share of it where others are free, too. A request that is alone
-does not wait; after a batch, an instance waits a fraction of its time for those who got their answers to ask again.
+When an instance is free, its next batch is what waits, or its share of that if other instances are free too. A request that is
+alone does not wait. After a batch, an instance waits for a fraction of that batch's time, so that clients that were just
+answered can ask again.
 """
 
 from __future__ import annotations

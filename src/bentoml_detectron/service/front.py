@@ -1,4 +1,4 @@
-"""The HTTP side of a worker: a middleware that answers for the model's own paths, and leaves all others to BentoML."""
+"""The HTTP side of a worker: a middleware that answers for the service's own paths, and leaves all others to BentoML."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What stands around all of BentoML's own middlewares, some of which fail on what any client may send.
+"""Stands around all of BentoML's own middlewares, to fix what they, and the server, do with some requests.
 
-- OpenTelemetry's and the access log's decode headers as UTF-8, and fail if they are not.
-- Each path that is asked for becomes a label of BentoML's metrics, and stays one, also that of a static file that is not there.
-- A request that has both a length and chunks may end elsewhere for a proxy than for the server, which would take what is behind
-  it for another request.
-- What a client does not read of its answer stays in memory, for as long as it likes.
-- Which parser of HTTP uvicorn takes depends on what else is installed.
-- Starlette's routes also match a path with a line end behind it, so that ``/predict%0a`` would pass by this package's
-  middleware and reach BentoML's handler, which fetches URLs. The handlers are taken out.
+- OpenTelemetry's middleware and the access log's decode headers as UTF-8, and fail if they are not.
+- Each requested path becomes a label of BentoML's metrics for good, also that of a static file that is not there.
+- A request with both a length and chunks may end elsewhere for a proxy than for the server, which would then take the rest for
+  another request.
+- What a client does not read of its answer stays in memory, for as long as the client likes.
+- Which HTTP parser uvicorn uses depends on what else is installed.
+- Starlette's routes also match a path that ends with a line break. ``/predict%0a`` would pass by this package's middleware and
+  reach BentoML's handler, which fetches URLs. So these handlers are removed.
 """
 
 from __future__ import annotations

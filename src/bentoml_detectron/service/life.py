@@ -1,6 +1,6 @@
-"""How a server's processes begin and end: none takes requests that another could answer and it cannot.
+"""How a server's processes start and end, so that none takes requests that it cannot answer while another could.
 
-A worker says that it goes before it goes, another takes its place at once, and it listens when it can answer.
+A worker announces its end before it ends, it is replaced at once, and a worker listens only when it can answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a worker gets its predictor: tested before it is made faster and after, and warm before the first request."""
+"""Loads a worker's predictor: tested before and after it is made faster, and warmed up before the first request."""
 
 from __future__ import annotations
 

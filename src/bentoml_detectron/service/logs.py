@@ -1,4 +1,4 @@
-"""Keeps what clients send from writing lines of their own into the log."""
+"""Keeps what clients send from starting lines of its own in the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker counts, in Prometheus's terms, on BentoML's ``/metrics``."""
+"""A worker's Prometheus metrics, on BentoML's ``/metrics``."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""What BentoML's own middlewares do for a request that nobody has anything of, and that is left out here.
+"""Replaces work of BentoML's own middlewares whose results nobody uses.
 
-- `TimeoutMiddleware` starts a timer for each request and never stops it, so that some 5 KB of each stay in memory until its
-  time is over, a minute later or more (``benchmarks/bench_service_cost.py``).
-- OpenTelemetry's middleware makes a span for each request and each of its messages, with a dozen attributes, also where no
-  exporter takes any.
-- What is refused as too many wait already gets a trace, a line in the log, a timer and five metrics. A server that is asked for
-  ten times what it can do is at little else, and the model goes without that time (``benchmarks/bench_overload.py``). Such a
-  request passes by all of them, a user's own included; its share of the log and of BentoML's counter comes once a second.
+- `TimeoutMiddleware` starts a timer for each request and never stops it, so that some 5 KB of each request stay in memory
+  until its time is over, a minute later or more (``benchmarks/bench_service_cost.py``).
+- OpenTelemetry's middleware makes a span for each request and each of its messages, with a dozen attributes, even if no
+  exporter takes them.
+- A request that is refused because too many wait still gets a trace, a line in the log, a timer and five metrics. A server
+  that is asked for ten times what it can do spends most of its time on these, which the model lacks
+  (``benchmarks/bench_overload.py``). So such a request passes by all middlewares, a user's own included; it is counted in the
+  log and in BentoML's counter once a second.
 """
 
 from __future__ import annotations

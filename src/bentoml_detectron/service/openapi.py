@@ -1,4 +1,4 @@
-"""The service's OpenAPI 3.1 document, whose schemas are those that the answers are held to."""
+"""The service's OpenAPI 3.1 document. Its schemas are those that the answers are tested against."""
 
 from __future__ import annotations
 

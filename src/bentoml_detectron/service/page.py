@@ -1,4 +1,4 @@
-"""The page at ``/ui``: one file, and a policy under which a browser runs that file alone."""
+"""The page at ``/ui``: one file, and a policy that lets a browser run that file only."""
 
 from __future__ import annotations
 

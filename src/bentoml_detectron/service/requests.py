@@ -1,4 +1,4 @@
-"""From an HTTP request to an image and what is wanted of it; nothing in it is trusted, and nothing that it names is fetched."""
+"""From an HTTP request to an image and options. Nothing in the request is trusted, and nothing that it names is fetched."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Answers on their way to clients, which may read them slowly, or never.
+"""Sends answers to clients, which may read them slowly, or never.
 
-uvicorn takes a body at once and keeps what the client has not read, for ever if it never reads. It waits before each further
-message until most of the one before is gone, so a large body goes out in pieces, in a time that is bounded.
+uvicorn accepts a body at once and keeps what the client has not read, for ever if the client never reads. Before each further
+message, it waits until most of the one before is gone. So a large body is sent in pieces, within a limited time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The service of ``bentoml detectron serve``, which says by an environment variable what it is; workers import this module."""
+"""The service of ``bentoml detectron serve``. Workers import this module; an environment variable says what to serve."""
 
 from __future__ import annotations
 
