@@ -5,8 +5,9 @@ Nothing is unpickled and nothing is fetched. A LazyConfig file is a program; it 
 
 from __future__ import annotations
 
+import difflib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -41,11 +42,13 @@ class Built:
     Attributes:
         checkpointables: A ``DefaultPredictor``; of a LazyConfig, the module.
         config: The LazyConfig; None beside a predictor, which brings its own.
+        weights: The file that they came from.
         unused: Names in the weights file that the model has no place for.
     """
 
     checkpointables: DefaultPredictor | nn.Module
     config: Mapping[str, Any] | None
+    weights: Path
     unused: tuple[str, ...]
 
     @property
@@ -91,7 +94,7 @@ def build(
             name = categories.register(named, built, next(iter(lazy.dataset_names(lazy_config)), None))
             OmegaConf.update(lazy_config, "dataloader.test.dataset.names", name, force_add=True)
         unused = _put_in(found, built)
-        return Built(built.eval().cpu(), lazy_config, unused)
+        return Built(built.eval().cpu(), lazy_config, found, unused)
     cfg = _yacs_config(path, overrides)
     found = _weights_path(weights_file or cfg.MODEL.WEIGHTS)
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
@@ -101,7 +104,7 @@ def build(
         predictor.cfg.DATASETS.TEST = (name, *cfg.DATASETS.TEST[1:])
     unused = _put_in(found, predictor.model)
     predictor.cfg.MODEL.WEIGHTS = str(found)
-    return Built(predictor, None, unused)
+    return Built(predictor, None, found, unused)
 
 
 def _config_path(name: str) -> Path:
@@ -125,7 +128,9 @@ def _weights_path(name: object) -> Path:
         raise InvalidArgumentError(f"the config names no weights; {cure}", value=name)
     if "://" in name:
         raise InvalidArgumentError(
-            f"the weights are at {name}, and nothing is downloaded here; download them, then {cure}", value=name
+            f"the config names {name}, from which training began, and nothing is downloaded here; {cure}, as "
+            "--weights output/model_final.pth, which training wrote",
+            value=name,
         )
     path = Path(name)
     if not path.is_file():
@@ -188,11 +193,27 @@ def _yacs_config(path: Path, overrides: Sequence[str]) -> CfgNode:
             cfg.merge_from_list([key, value])
         except Exception as exc:  # as above
             raise InvalidArgumentError(
-                f"the override {key} {value} is none: {_reason(exc)}; give a key of the config, such as "
-                "MODEL.ROI_HEADS.NUM_CLASSES, and a value of its type",
+                f"the override {key} {value} cannot be applied: {_meant(cfg, key) or _reason(exc)}; give a key of the config, "
+                "such as MODEL.ROI_HEADS.NUM_CLASSES, and a value of its type",
                 value=key,
             ) from exc
     return CfgNode(cfg)
+
+
+def _meant(cfg: CfgNode, key: str) -> str | None:
+    """Says that a config has no such key, and what it has of about that name; None where it has it."""
+    known = [*_keys(cfg)]
+    if key in known:
+        return None
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.8)
+    return f"there is no key {key}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in cfg.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

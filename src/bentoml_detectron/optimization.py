@@ -118,7 +118,7 @@ def optimize(
     if not images:
         raise InvalidArgumentError("there are no images to calibrate on; give some as the model will see them", value=0)
     store.check_new(name)
-    found = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
+    found = store.resolve(bento_model)
 
     # What may be wrong with these is said before PyTorch is imported, which takes seconds.
     with imports.for_less():
@@ -227,8 +227,7 @@ def problems(report: Report) -> list[str]:
     """What is against a model in int8, a line each."""
     found = []
     if report.times_as_fast < 1:
-        times = report.milliseconds
-        found.append(f"it is slower than fp32 here ({times['int8']:.1f} ms an image against {times['fp32']:.1f})")
+        found.append(f"it is slower than fp32 here: {report.times_as_fast:.2f} times as fast, by the median over the images")
     for name, value in report.before.items():
         lost = value - report.after.get(name, 0.0)
         if lost > MOST_LOST:

@@ -75,7 +75,9 @@ def test_it_prints_tag_summary_and_next_command(printed, tag, home):
     lines = printed.splitlines()
     count = sum(each.numel() for each in load_model(saved_in(home, tag)).model.parameters())
     assert lines[1].split()[:3] == ["model", "GeneralizedRCNN,", f"{count:,}"]
-    assert lines[3].split()[:3] == ["classes", "10:", "0,"]
+    assert lines[2].split()[0] == "weights"
+    assert lines[2].endswith("/model.pkl")
+    assert lines[4].split()[:3] == ["classes", "10:", "0,"]
     assert "self-test   recorded" in printed
     assert lines[-1] == f"Next: bentoml detectron serve {tag}"
 

@@ -143,7 +143,7 @@ class TestWeights:
         ("overrides", "message"),
         [
             (("MODEL.WEIGHTS", ""), "names no weights; give a local"),
-            (("MODEL.WEIGHTS", "detectron2://x/model.pkl"), "nothing is downloaded here"),
+            (("MODEL.WEIGHTS", "detectron2://x/model.pkl"), "from which training began.*as --weights output/model_final.pth"),
             (("MODEL.WEIGHTS", "https://127.0.0.1:9/model.pth"), "nothing is downloaded here"),
             (("MODEL.WEIGHTS", "no/such.pth"), "no file of weights 'no/such.pth'"),
         ],
@@ -204,11 +204,12 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["MODEL.NOTHING", "1"], "MODEL.NOTHING 1 is none: .*give a key of the config"),
-            (["MODEL.ROI_HEADS.NUM_CLASSES", "many"], "is none: .*a value of its type"),
+            (["MODEL.NOTHING", "1"], "MODEL.NOTHING 1 cannot be applied: there is no key MODEL.NOTHING; give a key"),
+            (["MODEL.ROI_HEADS.SCORE_THRESH", "1"], r"did you mean MODEL\.ROI_HEADS\.SCORE_THRESH_TEST\?"),
+            (["MODEL.ROI_HEADS.NUM_CLASSES", "many"], "cannot be applied: ValueError.*a value of its type"),
             (["INPUT.FORMAT"], "INPUT.FORMAT has no value; give KEY VALUE pairs"),
             (["--name", "x"], "--name comes after the overrides; give options before"),
-            (["_BASE_", "x"], "_BASE_ x is none"),
+            (["_BASE_", "x"], "_BASE_ x cannot be applied"),
         ],
     )
     def test_overrides_that_are_none(self, overrides, message, files):

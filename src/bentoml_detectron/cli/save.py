@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,8 +57,12 @@ def command(
     # What Detectron2 says of names and shapes is in the summary, or in the error.
     for library in ("detectron2", "fvcore"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    built = from_files.build(config_file, weights, overrides, classes_from=classes_from, trust_remote_code=trust_remote_code)
-    saved = save_model(name, built.checkpointables, built.config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "results will have no class names")  # the summary says so, with what helps here
+        built = from_files.build(
+            config_file, weights, overrides, classes_from=classes_from, trust_remote_code=trust_remote_code
+        )
+        saved = save_model(name, built.checkpointables, built.config)
     click.echo(f"Saved {saved.tag}")
     for label, text in _summary(saved, built):
         click.echo(f"  {label:<11} {text}")
@@ -76,6 +81,7 @@ def _summary(saved: Model, built: Built) -> list[tuple[str, str]]:
     classes = (content.dataset and (content.dataset.thing_classes or content.dataset.stuff_classes)) or []
     lines = [
         ("model", f"{type(built.module).__name__}, {parameters:,} parameters, {size / 1e6:,.1f} MB"),
+        ("weights", str(built.weights)),
         ("input", f"{image.format}, shorter edge {image.min_size_test} pixels, longer at most {image.max_size_test}"),
         ("classes", f"{len(classes)}: {_some(classes)}" if classes else "without names; --classes-from FILE gives them some"),
         ("self-test", "recorded" if content.self_test else "none: the model does not run on an image alone"),
