@@ -138,16 +138,15 @@ class Predictor(Preparation):
 
         Args:
             images: Each an encoded image's bytes, a path, a ``PIL.Image``, or an (H, W, 3) uint8 array in BGR.
-            score_threshold: In [0, 1]: what scores above it is given, also where the model's own threshold is higher. For
-                panoptic models it is also the threshold of things in the map.
-            classes: Names or contiguous ids of the classes that are given. They choose among what the model finds: they leave
-                its own limit on the number of detections, and who covers whom in a panoptic map, as it is.
-            top_k: At most so many detections an image, the best, also where the model's own limit is lower.
+            score_threshold: Keep detections that score above this, in [0, 1]. It replaces the model's own threshold, and may be
+                lower. For panoptic models it also decides which things enter the map.
+            classes: Keep only these classes, by name or contiguous id. They choose among what the model finds: its limit on
+                the number of detections, and who covers whom in a panoptic map, are as without them.
+            top_k: Keep at most this many detections an image, the highest scores first. It may exceed the model's own limit.
             errors: "raise" the error of the first image that cannot be used, or "collect" each in the image's place.
 
         Returns:
-            One `Detections` an image, in their order. A model whose output is none of boxes, masks, keypoints, proposals,
-            semantic and panoptic maps gives what it gives.
+            One `Detections` an image, in their order. Of a model of none of Detectron2's tasks, its raw output.
 
         Raises:
             ImageError: An image cannot be used; `ImageError.index` is its place.
@@ -309,19 +308,35 @@ def _too_large(prepared: Prepared) -> OutOfMemoryError:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; of the CPU also within the control group that this process runs in."""
+    """Bytes that are free on a device; of the CPU also within each control group that this process runs in."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for what comes next
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
+    return max(0, min([int(psutil.virtual_memory().available), *free_in_groups()]))
+
+
+def free_in_groups(memberships: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes that are free in each control group with a limit of memory that a process is in, of either version of these."""
     try:
-        used = int((group / "memory.current").read_text())
-        files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        free = min(free, int((group / "memory.max").read_text()) - used + int(files[1] if files else 0))
-    except (OSError, ValueError):  # no control group, or one without a limit ("max")
-        pass
-    return max(0, int(free))
+        lines = [line.split(":", 2) for line in memberships.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in lines:
+        if controllers == "":
+            top, limit, current, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, current = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        own = Path(path.lstrip("/"))  # in a container it may be as the host has it, and the limit at the top
+        for group in {top / each for each in (own, *own.parents)}:
+            try:
+                used = int((group / current).read_text())
+                files = re.search(rf"^{cached} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+                yield int((group / limit).read_text()) - used + int(files[1] if files else 0)
+            except (OSError, ValueError):  # it is not there, or has no limit ("max")
+                continue
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:
