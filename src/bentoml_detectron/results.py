@@ -5,7 +5,8 @@ Reading `Detections` needs neither PyTorch nor Detectron2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -185,13 +186,16 @@ class Detections:
         return results_json.write({**parts, "panoptic": self.panoptic.ids}, self.panoptic.segments)
 
     @classmethod
-    def from_json(cls, text: str | bytes | bytearray) -> Detections:
-        """Reads what `to_json` wrote; the text may come from anyone.
+    def from_json(cls, text: str | bytes | bytearray | Mapping[str, Any]) -> Detections:
+        """Reads what `to_json` wrote, or a service answered; the text may come from anyone.
 
         It takes memory in proportion to the text, and for maps to `image_size`, at most 2**28 pixels.
 
+        Args:
+            text: JSON, or what a client has parsed of it already. Masks are RLEs.
+
         Raises:
-            InvalidArgumentError: (``ValueError``) It is no such text, or its parts do not fit together.
+            InvalidArgumentError: (``ValueError``) It is not such a text, or its parts do not fit together.
         """
         parts, segments = results_json.read(text)
         if "panoptic" in parts:
@@ -202,9 +206,16 @@ class Detections:
         """As COCO results, which pycocotools' ``loadRes`` takes; one dict a detection.
 
         Category ids are the dataset's where the model carries them. Boxes are XYWH, XYWHA of rotated models. Keypoints are
-        pixel indices, half a pixel less than Detectron2's coordinates, as in its ``COCOEvaluator``. Before the AP of
-        masks, it takes "bbox" out of each: ``loadRes`` would take the areas of the boxes for those of the masks.
+        pixel indices, half a pixel less than Detectron2's coordinates, as in its ``COCOEvaluator``. To compute the AP of masks,
+        remove "bbox" from each dict first, as ``COCOEvaluator`` does; otherwise ``loadRes`` takes the boxes' areas for theirs.
+
+        Raises:
+            InvalidArgumentError: (``ValueError``) `image_id` is neither a whole number nor a string.
         """
+        try:
+            image_id = image_id if isinstance(image_id, str) else operator.index(image_id)  # JSON knows no NumPy numbers
+        except TypeError as exc:
+            raise InvalidArgumentError(f"image_id is {image_id!r}; give a whole number or a string", value=image_id) from exc
         boxes = self.boxes
         if boxes.shape[1] == 4:
             boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
@@ -217,7 +228,6 @@ class Detections:
         if self.keypoints is not None:
             shifted = self.keypoints - np.array([0.5, 0.5, 0], np.float32)
             columns["keypoints"] = shifted.reshape(len(self), 3 * shifted.shape[1]).tolist()  # -1 is no number for none
-        image_id = image_id if isinstance(image_id, str) else int(image_id)  # NumPy's are none of JSON's
         return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
     def to_supervision(self) -> supervision.Detections:

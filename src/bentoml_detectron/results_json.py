@@ -66,7 +66,7 @@ def write(parts: Mapping[str, Any], segments: Sequence[Any] = ()) -> str:
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY).decode()
 
 
-def read(text: str | bytes | bytearray) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read(text: str | bytes | bytearray | Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The attributes and segments in a text that `write` wrote with RLEs, or anyone else.
 
     Raises:
@@ -126,6 +126,11 @@ def png(pixels: NDArray[Any]) -> bytes:
 
 def _parsed(text: object) -> Any:
     """The content of a JSON text. Not by orjson, which takes the last of two equal keys."""
+    if isinstance(text, Mapping):  # what a client has parsed already; spelled again, it holds nothing but JSON
+        try:
+            text = json.dumps(text, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise InvalidArgumentError(f"this cannot be a service's answer ({exc}); give its text", value=text) from exc
     if not isinstance(text, (str, bytes, bytearray)):
         raise InvalidArgumentError(f"this is a {type(text).__name__}; give the text that to_json wrote", value=text)
     try:
@@ -192,7 +197,9 @@ def _array(name: str, given: Any, dtype: type[np.generic], shape: tuple[int, ...
 
 
 def _mask(given: Any, size: tuple[int, int]) -> RLE:
-    mask = _object("a mask (from_json reads RLEs)", given, ("size", "counts"))
+    if isinstance(given, list):
+        raise InvalidArgumentError("masks are polygons, and from_json reads RLEs; ask the service with masks=rle", value=given)
+    mask = _object("a mask", given, ("size", "counts"))
     if _size(mask["size"]) != size:
         raise _unfit("a mask's size", mask["size"], str(list(size)))
     rle = RLE(size=list(size), counts=mask["counts"])

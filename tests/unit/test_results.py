@@ -382,6 +382,24 @@ def test_json_with_polygons_fits_the_schema_and_has_them(one):
     assert content["masks"] == (None if one.masks is None else one.polygons())
 
 
+@given(detections())
+def test_json_that_a_client_has_parsed_is_read_as_its_text_is(one):
+    assert Detections.from_json(json.loads(one.to_json())) == one
+
+
+@pytest.mark.parametrize("thing", [{1: np.float32(1)}, {"image_size": {1, 2}}, {"scores": [float("nan")]}], ids=str)
+def test_what_no_client_has_parsed_is_refused(thing):
+    with pytest.raises(InvalidArgumentError, match="cannot be a service's answer"):
+        Detections.from_json(thing)
+
+
+@pytest.mark.parametrize("image_id", [1.7, None, np.float64(2)], ids=str)
+def test_ids_of_images_are_whole_numbers_or_strings(image_id):
+    with pytest.raises(InvalidArgumentError, match=r"image_id is .*; give a whole number or a string"):
+        found().to_coco(image_id)
+    assert [type(each["image_id"]) for each in found(1).to_coco(np.int64(2)) + found(1).to_coco("a")] == [int, str]
+
+
 def test_json_with_polygons_is_not_read_back():
     with pytest.raises(InvalidArgumentError, match="RLE"):
         Detections.from_json(whole().to_json(masks="polygon"))
