@@ -180,11 +180,14 @@ def test_annotation_file_is_told_by_its_content_and_brings_ids_names_and_categor
     images = [{"id": ids[0], "file_name": "x/1.jpg"}, {"id": ids[1], "file_name": "/abs/2.jpg"}]
     content = {"images": images, "categories": [{"id": 5, "name": "seven"}], "annotations": []}
     path = annotation(tmp_path / "val", content, b"\xef\xbb\xbf \n")
+    for folder in (tmp_path, tmp_path / "data"):
+        (folder / "x").mkdir(parents=True)
+        (folder / "x/1.jpg").touch()
     dataset = Dataset(path)
     found = list(dataset)
     assert found == [Item("x/1.jpg", ids[0], str(tmp_path / "x/1.jpg")), Item("/abs/2.jpg", ids[1], "/abs/2.jpg")]
     assert dataset.categories == {"seven": 5}
-    assert next(iter(Dataset(path, image_root="/data"))).path == "/data/x/1.jpg"
+    assert next(iter(Dataset(path, image_root=tmp_path / "data"))).path == str(tmp_path / "data/x/1.jpg")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +212,7 @@ def test_malformed_annotation_file_is_an_error_that_names_it(tmp_path, content):
 
 def test_annotation_file_is_the_only_source(tmp_path, folder):
     path = annotation(tmp_path / "a.json", {"images": [{"id": 1, "file_name": "a"}]})
+    (tmp_path / "a").touch()
     for source in ([path, folder], [folder, path], [path, path], f"{tmp_path}/*"):
         with pytest.raises(errors.InvalidArgumentError, match="the only source"):
             names(source)

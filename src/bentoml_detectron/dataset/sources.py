@@ -26,6 +26,8 @@ STDIN = "-"
 RUN_SUFFIX, RUN_LOCK = ".parts", "lock"
 """The ending of the folder beside its output in which a run has what is finished, and a file that is always in it."""
 
+_LOOKED_FOR = 20  # images of an annotation file, before its names are taken for those of another folder
+
 Source = str | os.PathLike[str]
 
 
@@ -183,6 +185,13 @@ class Dataset:
             raise _not_alone(path)
         images, self.categories = annotated_images(path)
         root = self._here / (Path(path).parent if self._root is None else self._root)
+        first = [root / file_name for _, file_name in images[:_LOOKED_FOR]]
+        if first and not any(map(os.path.exists, first)):
+            raise InvalidArgumentError(
+                f"none of the first {len(first)} images of {path!r} is there, as {str(first[0])!r}; give the folder that their "
+                "names start from by --image-root (image_root=)",
+                value=str(root),
+            )
         for image_id, file_name in images:
             yield Item(file_name, image_id, str(root / file_name))
 
