@@ -148,7 +148,10 @@ class DetectronMissingError(DependencyMissingError):
 
 
 class OutOfMemoryError(DetectronError, ServiceUnavailable):
-    """One image takes more memory than there is."""
+    """One image takes more memory than there is; over HTTP that is 413, since sending it again does not help."""
+
+
+OutOfMemoryError.error_code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE  # as above
 
 
 class OverloadedError(DetectronError, ServiceUnavailable):

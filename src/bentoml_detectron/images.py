@@ -25,7 +25,13 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from bentoml_detectron.errors import DamagedImageError, ImageError, ImageTooLargeError, UnsupportedImageError
+from bentoml_detectron.errors import (
+    DamagedImageError,
+    ImageError,
+    ImageTooLargeError,
+    InvalidArgumentError,
+    UnsupportedImageError,
+)
 from bentoml_detectron.image_headers import webp_size
 
 ImageLike: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | np.ndarray
@@ -119,6 +125,17 @@ class Limits:
 
     max_pixels: int = 25_000_000
     max_bytes: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        """Checks them.
+
+        Raises:
+            InvalidArgumentError: (``ValueError``) One is not a whole number, or less than 1.
+        """
+        for name in ("max_pixels", "max_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InvalidArgumentError(f"{name} is {value!r}; give a whole number, 1 or more", value=value)
 
 
 DEFAULT_LIMITS = Limits()

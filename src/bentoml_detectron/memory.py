@@ -21,8 +21,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
     """Lets this process keep what it frees for what it needs next; it holds the most that it ever needed, then.
 
-    Beside `spare_from_collection` it is the one setting of the process that this package changes: glibc has none that is
-    smaller. Threads that have allocated before have areas of their own, to which it does not apply.
+    It is a setting of the whole process, as glibc has none that is narrower. Threads that allocated before this call keep
+    their own arenas, to which it does not apply.
 
     Returns:
         Whether it does; not with another C library, nor where the environment says no.

@@ -21,7 +21,7 @@ from bentoml_detectron.results import Detections
 __all__ = ["TOKEN_VARIABLE", "Remote"]
 
 TOKEN_VARIABLE = "BENTOML_DETECTRON_TOKEN"
-"""Name of the environment variable with the service's token; the service's own, whose package would bring PyTorch."""
+"""Name of the environment variable with the service's token, which the service has, too (consumers import no other one)."""
 
 _AGAIN = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT)
 """Refusals after which the service says when to ask again."""
@@ -75,6 +75,10 @@ class Remote:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes its connections."""
         self._client.close()
 
     def info(self) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import copy
 import logging
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from bentoml import Model, Tag
 from bentoml.exceptions import BentoMLException, NotFound
 
 from bentoml_detectron import imports
-from bentoml_detectron.artifact import files, manifest, plain_yaml
+from bentoml_detectron.artifact import code, files, manifest, plain_yaml
 from bentoml_detectron.errors import (
     CorruptFileError,
     DetectronError,
@@ -81,6 +82,14 @@ def get(tag_like: str | Tag) -> Model:
         raise CorruptFileError(f"BentoML cannot read model.yaml of {tag_like}: {exc!r}", file="model.yaml") from exc
     check_framework(model)
     return model
+
+
+def resolve(bento_model: str | Tag | Model) -> Model:
+    """The saved model itself, of its tag or as it is; errors as in `get`."""
+    if isinstance(bento_model, Model):
+        check_framework(bento_model)
+        return bento_model
+    return get(bento_model)
 
 
 def load_model(
@@ -145,15 +154,15 @@ def load_predictor(
         precision: "fp32": results are those of ``DefaultPredictor`` but for rounding: boxes within 0.05 pixels, scores within
             1e-3. "bf16": faster, on processors and GPUs that compute in it. "fp16": for GPUs, older ones too; features over
             65,504 overflow. "int8": faster still, for models that ``bentoml detectron optimize`` has calibrated, on x86
-            processors with AVX2. "auto": the fastest of these here that finds on a fixed image what fp32 finds: boxes within 2
-            pixels, scores within 0.04.
+            processors with AVX2. "auto": the fastest of these whose results on a fixed test image match fp32's: at least three
+            of four detections, boxes within 2 pixels, scores within 0.04.
         trust_remote_code: As in `load_model`.
         trusted: As in `load_model`.
         batch: "padded": images of one padded shape go through the model together. "exact": each on its own, so that its results
             do not depend, to the last bit, on what else is in the call. See `Predictor`.
-        max_batch_pixels: Most pixels, padding included, in one batch; None: what half of the free memory takes, and on the CPU
-            no more than is faster than one by one.
-        limits: Of images: 25 megapixels, and encoded 50 MB, unless given.
+        max_batch_pixels: Most pixels in a batch, padding included. None: as many as fit in half of the free memory, on the CPU
+            at most 400,000, since larger batches are slower there.
+        limits: Size limits for input images. None: 25 megapixels, and 50 MB encoded.
 
     Returns:
         The predictor.
@@ -219,6 +228,25 @@ def check_precision(bento_model: Model, precision: Precision, device_id: str = "
     engines.check(precision, check_device(device_id), is_calibrated=is_calibrated)
 
 
+def check_code(bento_model: Model, *, trust_remote_code: bool, trusted: Sequence[str]) -> None:
+    """Sees to it that a saved model's code may be imported, without loading the model; of most models that costs nothing.
+
+    Raises:
+        UntrustedCodeError: It may not.
+        DetectronError: And what `load_model` raises.
+    """
+    folder = Path(bento_model.path)
+    if not (folder / manifest.MANIFEST).is_file():
+        return
+    content = manifest.read(folder)
+    if (
+        content.config == "lazy"
+        or content.external_modules
+        or any(not each.module.startswith("detectron2.") for each in content.registry_entries)
+    ):
+        open_model(bento_model, trust_remote_code=trust_remote_code, trusted=trusted)
+
+
 def class_names(bento_model: Model) -> list[str]:
     """Names of a saved model's classes, of things and stuff, without loading it; none of models that BentoML's adapter saved.
 
@@ -243,16 +271,8 @@ def fingerprint(bento_model: Model) -> str:
 
 def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = False, trusted: Sequence[str] = ()) -> SavedModel:
     """Finds a saved model and reads all of it but its weights; arguments and errors as in `load_model`."""
-    if isinstance(bento_model, Model):
-        check_framework(bento_model)
-    else:
-        bento_model = get(bento_model)
-    if (
-        isinstance(trusted, str)
-        or not isinstance(trusted, Iterable)
-        or not all(isinstance(each, str) and each for each in trusted)
-    ):
-        raise InvalidArgumentError(f"trusted is {trusted!r}; give a list of modules, as ['my_package']", value=trusted)
+    bento_model = resolve(bento_model)
+    trusted = code.check_trusted(trusted)
     with imports.for_less():
         from bentoml_detectron import model  # noqa: F401 all that loading needs
         from bentoml_detectron.artifact import folder
@@ -285,21 +305,22 @@ def save_model(
     Args:
         name: The model's name, or a tag with a version of your own.
         checkpointables: A ``detectron2.engine.DefaultPredictor``, or a ``torch.nn.Module`` built by Detectron2.
-        config: The CfgNode that the module was built with, or its LazyConfig: the ``model`` node, or a whole one, whose
-            ``dataloader.test`` tells the size of images and the dataset. Needed for a module; a predictor brings its own. Class
-            names are those that Detectron2's ``MetadataCatalog`` has, in this process, of the first dataset that the config
-            tests or trains on and that has some: a dataset of your own has them once it was registered and loaded.
+        config: The CfgNode that the module was built with, or its LazyConfig: the ``model`` node, or the whole config, whose
+            ``dataloader.test`` gives the size of images and the dataset. Required for a module, ignored for a predictor. Class
+            names come from Detectron2's ``MetadataCatalog``: those of the first test or training dataset that has any in this
+            process. Register and load a dataset of your own before you save.
         signatures: The model's methods that a legacy runner offers; ``{"__call__": {"batchable": False}}`` unless given.
         labels: BentoML's labels, such as ``{"stage": "dev"}``.
         custom_objects: Python objects to pickle beside the model for `bentoml.Model.custom_objects`; ``"config"`` is set to
             the model's config. This package never reads them back.
-        external_modules: Modules that the model needs and no distribution has. Their source, of each the whole top-level
-            package, travels inside the model and is imported when it is loaded with ``trust_remote_code=True``. Also, as
-            BentoML does, pickled by value with the custom objects.
+        external_modules: Modules that the model needs and that no installed package provides. The source of each one's whole
+            top-level package is stored with the model, and imported only by ``load_model(..., trust_remote_code=True)``. As in
+            BentoML, they are also pickled by value with the custom objects.
         metadata: BentoML's metadata, such as ``{"box_ap": 0.4}``.
-        self_test: Whether to run the model on a small fixed image, to check that what is saved finds the same there, and to
-            record it for `verify`. A model that takes more than an image has none. Meanwhile the module is in evaluation mode,
-            and random numbers are those of a fixed seed, in all threads: none of them should train.
+        self_test: Whether to run the model on a small fixed image, to check that the model rebuilt from its config gives the
+            same result, and to store that result for `verify`. Skipped for models that need more input than an image. While it
+            runs, the module is in evaluation mode and the process-wide random generators are seeded, so do not train in another
+            thread.
 
     Returns:
         The saved model.
@@ -318,13 +339,15 @@ def save_model(
     tag = check_new(name)
     if custom_objects is not None and not isinstance(custom_objects, Mapping):
         raise InvalidArgumentError(f"custom_objects is a {type(custom_objects).__name__}; give a dict", value=custom_objects)
+    modules = code.check_external(external_modules)
     with imports.for_less():
-        from bentoml_detectron.artifact import code, folder
+        from bentoml_detectron.artifact import folder
         from bentoml_detectron.model import check_saveable, class_counts, take_apart
 
     module, cfg, is_predictor = take_apart(checkpointables, config)
     description = folder.describe(cfg)
     _compare_names(description.dataset, class_counts(module)[0])
+    _warn_of_code(description, [each.__name__ for each in modules])
     if is_predictor and config is not None:
         logger.warning("config is ignored when 'checkpointables' is a DefaultPredictor, which brings its own.")
     info = _record(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
@@ -336,8 +359,8 @@ def save_model(
         content = scratch / "model"
         content.mkdir()
         _write_record(content, info)
-        carried = code.write(content, external_modules or [])
-        _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, external_modules or [])
+        carried = code.write(content, modules)
+        _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, modules)
         folder.write_parts(content, module, description.plain)
         folder.seal(content, description, is_predictor=is_predictor, external_modules=carried, self_test=tested)
         publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
@@ -398,6 +421,28 @@ def _compare_names(dataset: Dataset | None, classes: int | None) -> None:
     names = (dataset and dataset.thing_classes) or []
     if dataset and names and classes and len(names) != classes:
         logger.warning("the dataset %r names %d classes, and the model has %d", dataset.name, len(names), classes)
+
+
+def _warn_of_code(description: Description, carried: Sequence[str]) -> None:
+    """Warns of code that the model needs and that whoever loads it elsewhere may not have."""
+    from bentoml_detectron.artifact import config, lazy_build
+
+    needed = {entry.module: entry.name for entry in description.entries}
+    if description.kind == "lazy":
+        needed = {module: module for module in lazy_build.untrusted(description.plain)}
+    tops = [name.partition(".")[0] for name in carried]
+    for module, name in sorted(needed.items()):
+        if config.is_trusted(module, ["detectron2", *tops]) or code.is_installed(module):
+            continue
+        where = (
+            "this program's own file" if module == "__main__" else f"the module {module}, which no installed package provides"
+        )
+        cure = "put it into a module of its own, and pass" if module == "__main__" else "pass"
+        warnings.warn(
+            f"the model needs {name}, which is defined in {where}: elsewhere it cannot be loaded; {cure} "
+            "external_modules=[module] to keep its source with the model",
+            stacklevel=3,
+        )
 
 
 def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) -> SelfTest | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bentoml import Model, Tag
 
 from bentoml_detectron import imports, store
-from bentoml_detectron.artifact import files, manifest
+from bentoml_detectron.artifact import code, files, manifest
 from bentoml_detectron.errors import DetectronError, InvalidModelError, UnknownDeviceError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def verify(
     identical: bool | None = None
     has_digests = True
     try:
-        model = bento_model if isinstance(bento_model, Model) else store.get(bento_model)
+        model = store.resolve(bento_model)
     except InvalidModelError as exc:
         return VerifyReport(str(bento_model), (_line(exc),), (), None)
 
@@ -82,6 +82,7 @@ def verify(
         from bentoml_detectron.model import check_device  # PyTorch, which takes seconds to import
 
     check_device(device_id)
+    trusted = code.check_trusted(trusted)
     try:
         if model.info.api_version != "v1" or (Path(model.path) / manifest.MANIFEST).exists():
             problems += _file_problems(Path(model.path))

@@ -69,6 +69,27 @@ def test_options_are_those_of_the_predictor(mixed, predictor):
         predict(predictor, mixed, chunk=0)
     with pytest.raises(errors.InvalidArgumentError, match="a device, a precision and limits already"):
         predict(predictor, mixed, precision="bf16")
+    with pytest.raises(errors.InvalidArgumentError, match="its code is loaded"):
+        predict(predictor, mixed, trusted=["my_package"])
+
+
+def test_annotations_of_images_elsewhere_are_an_error_and_no_empty_result(tmp_path, saved, predictor):
+    truth = demo.ground_truth()
+    (tmp_path / "truth.json").write_bytes(orjson.dumps(truth))
+    due = (
+        r"none of the first 20 images of '\S+' is there, as '\S+'; give the folder that their names start from by --image-root"
+    )
+    with pytest.raises(errors.InvalidArgumentError, match=due):
+        next(predict(predictor, tmp_path / "truth.json"))
+    with pytest.raises(errors.InvalidArgumentError, match=due):
+        write(saved, tmp_path / "truth.json", tmp_path / "found.json")
+    assert [each.name for each in tmp_path.iterdir()] == ["truth.json"]
+
+
+@pytest.mark.parametrize("model", [None, 7])
+def test_what_is_no_model_is_refused(model, tmp_path, mixed):
+    with pytest.raises(errors.InvalidArgumentError, match=str(model)):
+        write(model, mixed, tmp_path / "found.json")
 
 
 def test_predict_is_lazy_over_an_endless_source(predictor):

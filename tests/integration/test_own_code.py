@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from bentoml_detectron import errors, verify
 from bentoml_detectron.artifact import code
-from support import BLOCK_NETWORK, assert_same, built, picture, run_python, tensors, tiny_cfg
+from support import BLOCK_NETWORK, assert_same, built, picture, run_python, small_cfg, tensors, tiny_cfg
 
 pytestmark = pytest.mark.slow
 REGISTRIES = (META_ARCH_REGISTRY, BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, ROI_BOX_HEAD_REGISTRY)
@@ -189,7 +189,8 @@ def installed(source):
     """A saved model whose code is installed elsewhere, what it finds, and its source; this process has forgotten the code."""
     source.imported()
     module = built(own_cfg())
-    saved = bentoml.detectron.save_model("installed", module, own_cfg())
+    with pytest.warns(UserWarning, match=r"needs \w+, which is defined in the module ownpkg\.\S+, which no installed package"):
+        saved = bentoml.detectron.save_model("installed", module, own_cfg())
     expected = outputs(module)
     source.forget()
     return saved, expected, source
@@ -228,7 +229,7 @@ class TestInstalled:
     def test_without_trust_nothing_is_imported_and_the_error_says_whom_to_trust(self, trusted, installed):
         saved, _, source = installed
         source.monkeypatch.syspath_prepend(str(source.folder))
-        with pytest.raises(errors.UnknownEntryError, match=r"trusted=\['ownpkg\.") as caught:
+        with pytest.raises(errors.UntrustedCodeError, match=r"trusted=\['ownpkg\.") as caught:
             bentoml.detectron.load_model(saved, trusted=trusted)
         assert caught.value.value.startswith("ownpkg.")
         assert not source.marker.exists()
@@ -240,13 +241,13 @@ class TestInstalled:
         saved, _, source = installed
         (source.folder / "ownpkg/__init__.py").write_text("")
         source.monkeypatch.syspath_prepend(str(source.folder))
-        with pytest.raises(errors.UnknownEntryError, match=r"trusted=\['ownpkg\.heads'\]"):
+        with pytest.raises(errors.UntrustedCodeError, match=r"trusted=\['ownpkg\.heads'\]"):
             bentoml.detectron.load_model(saved, trusted=["ownpkg.backbones"])
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("trusted", ["ownpkg", [7], [""]], ids=str)
+    @pytest.mark.parametrize("trusted", ["ownpkg", [7], [""], 7, ["a b"]], ids=str)
     def test_trusted_that_is_no_list_of_names_is_refused(self, trusted, installed):
-        with pytest.raises(errors.InvalidArgumentError, match="give a list of modules"):
+        with pytest.raises(errors.InvalidArgumentError, match=r"give (a list|the names) of modules"):
             bentoml.detectron.load_model(installed[0], trusted=trusted)
 
     @pytest.mark.slow
@@ -280,7 +281,7 @@ class TestInstalled:
             assert report.ok
             assert report.identical
         else:
-            with pytest.raises(errors.UnknownEntryError):
+            with pytest.raises(errors.UntrustedCodeError):
                 call(saved)
             assert len(call(saved, trusted=["ownpkg"])([picture()])[0]) > 0
 
@@ -305,7 +306,10 @@ class TestInstalled:
         monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "MainRCNN", saved_class)
         cfg = own_cfg()
         cfg.MODEL.META_ARCHITECTURE = "MainRCNN"
-        saved = bentoml.detectron.save_model("main", built(cfg), cfg)
+        with pytest.warns(
+            UserWarning, match="needs MainRCNN, which is defined in this program's own file: elsewhere it cannot"
+        ):
+            saved = bentoml.detectron.save_model("main", built(cfg), cfg)
         assert type(bentoml.detectron.load_model(saved)) is saved_class
         monkeypatch.delitem(META_ARCH_REGISTRY._obj_map, "MainRCNN")
         with pytest.raises(errors.UnknownEntryError, match="MainRCNN"):
@@ -314,6 +318,28 @@ class TestInstalled:
 
 class TestCarried:
     """Code that travels inside the model."""
+
+    def test_what_it_imports_and_does_not_bring_along_is_told_when_it_is_saved(self, source):
+        source.write("sibling", files={"": "x = 1"})
+        source.imported("sibling")
+        source.write("flat", files={"": "import sibling, os, torch\n\ndef later():\n    import not_imported_here\n"})
+        module = source.imported("flat")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            bentoml.detectron.save_model("flat", built(small_cfg()), small_cfg(), external_modules=[module])
+        assert [str(each.message) for each in told if "external_modules" in str(each.message)] == [
+            "the model's external_modules import sibling, which no installed package provides: elsewhere the model cannot be "
+            "loaded; add what is missing to external_modules"
+        ]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*external_modules")
+            both = [module, sys.modules["sibling"]]
+            bentoml.detectron.save_model("both", built(small_cfg()), small_cfg(), external_modules=both)
+
+    @pytest.mark.parametrize("given", [torch, "torch", 7], ids=["a module", "a name", "a number"])
+    def test_what_is_no_list_of_modules_is_refused(self, given):
+        with pytest.raises(errors.InvalidArgumentError, match=r"give a list of modules, as \[my_package\]"):
+            bentoml.detectron.save_model("none", built(small_cfg()), small_cfg(), external_modules=given)
 
     def test_model_holds_the_source_and_says_so(self, carried):
         saved, _, source = carried

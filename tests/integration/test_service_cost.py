@@ -433,6 +433,12 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_served(values):
         Settings(**values)
 
 
+def test_modules_to_trust_are_a_list():
+    with pytest.raises(InvalidArgumentError, match="trusted is 'my_package'; give a list of modules"):
+        Settings(trusted="my_package")
+    assert Settings(trusted=["my_package"]).trusted == ("my_package",)
+
+
 def test_settings_of_another_type_are_refused(saved):
     with pytest.raises(InvalidArgumentError, match="settings is a dict"):
         bentoml.detectron.get_service(saved, settings={"precision": "fp32"})
@@ -485,6 +491,8 @@ def test_paths_hold_where_the_app_is_mounted_in_another(saved):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert client.post("/det/predict", files={"image": IMAGE}).status_code == 401
+        assert client.get("/det/ui").status_code == 200  # open to all
+        assert client.get("/det/predict/more").status_code == 404
         client.headers["authorization"] = "Bearer secret"
         answer = client.post("/det/predict", files={"image": IMAGE})
         assert (answer.status_code, len(answer.json()["scores"]) > 0) == (200, True)

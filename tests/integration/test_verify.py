@@ -42,6 +42,18 @@ pytestmark = pytest.mark.slow
 BENTOML = Path(sys.executable).with_name("bentoml")
 
 
+def test_a_caller_s_mistake_is_an_error_and_no_problem_of_the_model(demo_predictor):
+    saved = bentoml.detectron.save_model("sound", demo_predictor)
+    with pytest.raises(errors.InvalidArgumentError, match="trusted is 'my_package'; give a list of modules"):
+        verify(saved, trusted="my_package")
+    with bentoml.models.create("of_another_framework", module="bentoml.sklearn") as other:
+        pass
+    for each in (other, other.tag, str(other.tag)):
+        with pytest.raises(errors.ModelNotFoundError, match=r"bentoml\.sklearn"):
+            verify(each)
+    bentoml.models.delete(other.tag)
+
+
 def boxes_cfg() -> Any:
     """Random weights amplify; with these statistics they do not."""
     cfg = tiny_cfg()

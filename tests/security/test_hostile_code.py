@@ -323,7 +323,7 @@ class TestEntries:
     def test_trusting_something_else_is_not_enough(self, trusted, forged, touched, installed):
         model = forged()
         forge(model, None, None, registry_entries=[{"registry": "BACKBONE", "name": "nobody", "module": "evil_installed"}])
-        with pytest.raises(errors.UnknownEntryError):
+        with pytest.raises((errors.UntrustedCodeError, errors.InvalidArgumentError)):
             load(model, trusted=trusted)
         assert not touched.exists()
 

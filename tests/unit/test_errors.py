@@ -22,6 +22,7 @@ def test_all_names_what_is_there():
         (errors.UnsupportedImageError, (errors.ImageError,), 415),
         (errors.DamagedImageError, (errors.ImageError,), 400),
         (errors.ImageTooLargeError, (errors.ImageError,), 413),
+        (errors.OutOfMemoryError, (bentoml_exceptions.ServiceUnavailable,), 413),
         (errors.ModelNotFoundError, (bentoml_exceptions.NotFound,), 404),
         (errors.DetectronMissingError, (bentoml_exceptions.MissingDependencyException,), 500),
         (errors.ModelEndedError, (errors.NotReadyError,), 503),

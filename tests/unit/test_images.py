@@ -718,3 +718,9 @@ def test_memory_that_is_not_there_is_a_typed_error(monkeypatch):
 
     monkeypatch.setattr(images.PngImageFile, "load", fail)
     assert "MemoryError" in str(outcome(FILES["png"]))
+
+
+@pytest.mark.parametrize("given", [{"max_pixels": None}, {"max_pixels": 0}, {"max_bytes": 1e6}, {"max_bytes": True}], ids=str)
+def test_limits_that_cannot_be_are_refused_and_no_image_is_blamed(given):
+    with pytest.raises(errors.InvalidArgumentError, match=rf"^{next(iter(given))} is .*; give a whole number, 1 or more"):
+        Limits(**given)

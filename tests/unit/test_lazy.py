@@ -562,7 +562,7 @@ def test_trust_admits_what_it_names_and_no_more(trusted, names, packages):
 
 @pytest.mark.parametrize("trusted", ["pkg", [""], ["pkg."], [1], ["a b"]], ids=str)
 def test_trust_that_is_no_list_of_modules_is_refused(trusted):
-    with pytest.raises(errors.InvalidArgumentError, match="give a list of modules"):
+    with pytest.raises(errors.InvalidArgumentError, match=r"give (a list|the names) of modules"):
         lazy_build.build({"_target_": GOOD}, trusted=trusted)
 
 

@@ -6,16 +6,18 @@ imported from memory. So later changes to the file, and Python's own cache of ar
 
 from __future__ import annotations
 
+import ast
 import io
 import sys
 import threading
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder, SourceLoader
 from importlib.machinery import ModuleSpec
+from importlib.metadata import packages_distributions
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -54,10 +56,73 @@ def write(folder: Path, modules: Sequence[ModuleType]) -> list[str]:
             "load the model with trusted=[...]",
             value=names,
         )
+    if left := sorted({each for each in _imported(sources) - {_top(name) for name in names} if not is_installed(each)}):
+        warnings.warn(
+            f"the model's external_modules import {', '.join(left)}, which no installed package provides: elsewhere the model "
+            "cannot be loaded; add what is missing to external_modules",
+            stacklevel=2,
+        )
     with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
         for inside, text in sources.items():
             archive.writestr(zipfile.ZipInfo(inside, _DATE), text, zipfile.ZIP_DEFLATED)
     return names
+
+
+def check_trusted(trusted: object) -> tuple[str, ...]:
+    """The names of modules that a caller trusts.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) They are not a list of dotted names.
+    """
+    if isinstance(trusted, (str, bytes)) or not isinstance(trusted, Iterable):
+        raise InvalidArgumentError(f"trusted is {trusted!r}; give a list of modules, as ['my_package']", value=trusted)
+    names = tuple(trusted)
+    for each in names:
+        if not isinstance(each, str) or not _is_name(each):
+            raise InvalidArgumentError(f"trusted has {each!r}; give the names of modules, as ['my_package.models']", value=each)
+    return names
+
+
+def check_external(modules: object) -> list[ModuleType]:
+    """The modules that a model shall bring along.
+
+    Raises:
+        InvalidArgumentError: (``ValueError``) They are not a list of modules that another process can import.
+    """
+    if modules is None:
+        return []
+    if isinstance(modules, (str, bytes)) or not isinstance(modules, Iterable):
+        raise InvalidArgumentError(
+            f"external_modules is {modules!r:.200}; give a list of modules, as [my_package]", value=modules
+        )
+    found = list(modules)
+    for each in found:
+        _checked(each)
+    return found
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is Python's own or an installed distribution's, and so may be elsewhere, too; `module` is imported."""
+    top = _top(module)
+    if top in sys.stdlib_module_names and top != "__main__":
+        return True
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if file is not None and {"site-packages", "dist-packages"} & set(Path(file).parts):
+        return True
+    return top in packages_distributions()  # as an editable install's
+
+
+def _imported(sources: Sources) -> set[str]:
+    """The top-level modules of this process that source files import."""
+    found = set()
+    for text in sources.values():
+        with suppress(SyntaxError, ValueError):  # a file that nobody imports may be anything
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Import):
+                    found |= {_top(each.name) for each in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    found.add(_top(node.module))
+    return found & sys.modules.keys()
 
 
 def _top(name: str) -> str:

@@ -238,8 +238,8 @@ def import_entries(entries: list[Entry], trusted: Sequence[str] = (), carried: S
         carried: Names of modules that the model brings along and that were not imported.
 
     Raises:
-        UntrustedCodeError: One of the latter defines an entry.
-        UnknownEntryError: An entry is defined elsewhere and nobody registered it yet, or importing its module failed.
+        UntrustedCodeError: An entry that is not registered yet is defined in a module that is not trusted.
+        UnknownEntryError: Importing its module failed.
     """
     for entry in entries:
         if entry.module in sys.modules:
@@ -253,7 +253,7 @@ def import_entries(entries: list[Entry], trusted: Sequence[str] = (), carried: S
                 value=entry.module,
             )
         if not _DETECTRON2_MODULE.match(entry.module) and not is_trusted(entry.module, trusted):
-            raise UnknownEntryError(
+            raise UntrustedCodeError(
                 f"the model needs {entry.name!r} of the registry {entry.registry}, defined in the module {entry.module!r}; "
                 f"if you trust that code, load the model with trusted=[{entry.module!r}], or import {entry.module} before",
                 value=entry.module,

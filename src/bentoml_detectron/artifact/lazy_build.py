@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bentoml_detectron.artifact.code import check_trusted
 from bentoml_detectron.artifact.config import KeyPath, Plain
 from bentoml_detectron.errors import (
-    InvalidArgumentError,
     InvalidModelError,
     UnknownEntryError,
     UnsafeFileError,
@@ -72,8 +72,7 @@ def build(plain: Plain, tuples: Iterable[Sequence[str | int]] = (), *, trusted: 
         UnsafeFileError: It names what is neither a part of Detectron2's models nor trusted.
         UnknownEntryError: It names what is not there.
     """
-    if isinstance(trusted, str) or not all(isinstance(each, str) and DOTTED.match(f"{each}.a") for each in trusted):
-        raise InvalidArgumentError(f"trusted is {trusted!r}; give a list of modules, as ['my_package.models']", value=trusted)
+    trusted = check_trusted(trusted)
     names = {_checked(call) for call in _calls(plain)}
     for name in names:
         _package_of(name, trusted)

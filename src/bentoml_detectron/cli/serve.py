@@ -60,12 +60,13 @@ def command(
       bentoml detectron serve mask_rcnn:latest --port 3000
       curl -F image=@street.jpg http://127.0.0.1:3000/predict
     """
-    from bentoml_detectron.store import check_precision, get
+    from bentoml_detectron.store import check_code, check_precision, get
 
     model = get(tag)
     found = str(model.tag)  # all workers serve the version that is the latest now, also those that replace others
     host = _free(host, port)
     # These take seconds, and PyTorch warns, which is for no one-line error.
+    check_code(model, trust_remote_code=trust_remote_code, trusted=trusted)
     if (precision, device) != ("fp32", "cpu"):
         check_precision(model, precision, device)
     from bentoml_detectron.service import Settings

@@ -62,17 +62,17 @@ def predict(
         source: One, or several in their order: the path of an image, a folder (with those in it), a glob, a COCO annotation
             file (then it is the only one), a Parquet file with encoded images, or "-" for a list of paths on stdin, one image
             a line. Nothing is fetched.
-        device_id: As in `load_predictor`, and so are the next four.
-        precision:
-        trust_remote_code:
-        trusted:
-        limits:
-        score_threshold: As in `Predictor`, and so are the next two.
-        classes:
-        top_k:
-        image_root: What an annotation file's ``file_name`` starts from; the folder of that file unless given.
-        image_column: With the images in Parquet: "image", or the only one of bytes, unless given.
-        key_column: With their names: "file_name", "path", "key" or "id", the first that is there, unless given.
+        device_id: Device to run on, such as "cpu" or "cuda:0".
+        precision: See `load_predictor`.
+        trust_remote_code: See `load_model`.
+        trusted: See `load_model`.
+        limits: Size limits for input images; see `Limits`.
+        score_threshold: See `Predictor.__call__`.
+        classes: See `Predictor.__call__`.
+        top_k: See `Predictor.__call__`.
+        image_root: Folder that the file names of an annotation file start from. None: that file's folder.
+        image_column: Parquet column with the encoded images. None: "image", or the only column of bytes.
+        key_column: Parquet column with the images' names. None: the first of "file_name", "path", "key", "id".
         chunk: Images of which batches are formed; results do not depend, to the last bit, on those of other chunks.
         on_error: Is called, in order, with each image that cannot be used, which is then left out. None: its error is raised.
 
@@ -83,7 +83,7 @@ def predict(
         InvalidArgumentError: (``ValueError``) An argument is out of range, or, while one goes through the results, a source is
             none or has no images.
         ImageError: While one goes through the results: an image, which the message names, cannot be used.
-        DetectronError: And what `load_predictor` raises.
+        DetectronError: Any other error that `load_predictor` raises.
 
     Example::
 
@@ -104,8 +104,10 @@ def predict(
             trusted=trusted,
             limits=limits,
         )
-    elif device_id is not None or precision is not None or limits is not None:
-        raise InvalidArgumentError("a Predictor has a device, a precision and limits already; give a tag, or leave these out")
+    elif any(each is not None for each in (device_id, precision, limits)) or trust_remote_code or trusted:
+        raise InvalidArgumentError(
+            "a Predictor has a device, a precision and limits already, and its code is loaded; give a tag, or leave these out"
+        )
     else:
         predictor = bento_model
     wanted = predictor.options(score_threshold=score_threshold, classes=classes, top_k=top_k)

@@ -72,7 +72,8 @@ class Ray:
         """Connects to nothing yet.
 
         Args:
-            address: "HOST:PORT"; None: the cluster that this process is connected to, or one on this machine.
+            address: "HOST:PORT"; None: the cluster that this process is connected to, else RAY_ADDRESS in the environment, else
+                the cluster on this machine.
             workers: How many processes load the model; None: one a GPU, or on the CPU one a node.
 
         Raises:

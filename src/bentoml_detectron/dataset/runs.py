@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 
 from bentoml_detectron import __version__
+from bentoml_detectron.artifact.code import check_trusted
 from bentoml_detectron.artifact.files import sync_folder
 from bentoml_detectron.dataset import formats, parts
 from bentoml_detectron.dataset.chunks import CHUNK, Clock, check_chunk
@@ -104,21 +105,21 @@ def write(
         errors: Where to write the images that could not be used, as JSON lines.
         resume: Whether to go on with an unfinished run of the same model, sources and options, where there is one.
         parquet_rows: One a "detection", or one an "image".
-        device_id: As in `load_predictor`, and so are the next four.
-        precision: What "auto" chooses when the run begins stays.
-        trust_remote_code:
-        trusted:
-        limits:
-        score_threshold: As in `Predictor`, and so are the next two.
-        classes:
-        top_k:
-        image_root: As in `predict`, and so are the next two.
-        image_column:
-        key_column:
+        device_id: Device to run on, such as "cpu" or "cuda:0".
+        precision: See `load_predictor`; what "auto" chooses is kept when a run is resumed.
+        trust_remote_code: See `load_model`.
+        trusted: See `load_model`.
+        limits: Size limits for input images; see `Limits`.
+        score_threshold: See `Predictor.__call__`.
+        classes: See `Predictor.__call__`.
+        top_k: See `Predictor.__call__`.
+        image_root: Folder that the file names of an annotation file start from. None: that file's folder.
+        image_column: Parquet column with the encoded images. None: "image", or the only column of bytes.
+        key_column: Parquet column with the images' names. None: the first of "file_name", "path", "key", "id".
         chunk: Images of which batches are formed, and which a run that is killed may do again.
         engine: "local", this process; or "ray", the workers of a Ray cluster, which share the model store, the images and the
             outputs' folder with this process (docs/scaling.md).
-        ray_address: "HOST:PORT" of the cluster; the one that runs on this machine unless given.
+        ray_address: The cluster's "HOST:PORT". None: RAY_ADDRESS in the environment, else the cluster on this machine.
         ray_workers: How many processes load the model; one a GPU, or with `device_id` "cpu" one a node, unless given.
         progress: Is told how far the run is.
 
@@ -128,26 +129,26 @@ def write(
     Raises:
         OutputError: An output is there already, belongs to another run, or cannot be written. What is finished is kept.
         InvalidArgumentError: (``ValueError``) An argument is out of range, or a source is none.
-        DetectronError: And what `load_predictor` raises; or the cluster is not there, or its workers die again and again.
+        DetectronError: Any other error that `load_predictor` raises; or the cluster is not there, or its workers die again and
+            again.
     """
-    from bentoml import Tag
-
-    from bentoml_detectron.store import fingerprint, get
+    from bentoml_detectron.store import fingerprint, resolve
 
     where = _engine(engine, ray_address, ray_workers)
-    _check_lists(classes, trusted)
+    if classes is not None and (isinstance(classes, (str, bytes)) or not isinstance(classes, Sequence)):
+        raise InvalidArgumentError(f"classes is {classes!r}; give a list", value=classes)
     # What the model knows nothing of is checked before it is loaded, and taken as plain values, which can be written.
     wanted = options(None, score_threshold=score_threshold, top_k=top_k)
     files = [(Path(each), formats.named(Path(each), parquet_rows)) for each in _several(outputs)]
     files += [] if errors is None else [(Path(errors), formats.FAILURES)]
-    model = get(bento_model if isinstance(bento_model, (str, Tag)) else bento_model.tag)
+    model = resolve(bento_model)
     work = Work(
         model=str(model.tag),
         fingerprint=fingerprint(model),
         device_id=device_id,
         precision=precision,
         trust_remote_code=trust_remote_code,
-        trusted=tuple(trusted),
+        trusted=check_trusted(trusted),
         limits=limits or DEFAULT_LIMITS,
         score_threshold=wanted.score_threshold,
         classes=None if classes is None else plain(classes),
@@ -160,12 +161,6 @@ def write(
     with parts.held(paths) as folders:
         dataset = Dataset(source, image_root=image_root, columns=Columns(image_column, key_column), left_out=[*paths, *folders])
         return _Run(work, paths, folders, where, progress or Progress()).do(dataset, check_chunk(chunk), resume)
-
-
-def _check_lists(classes: object, trusted: object) -> None:
-    for name, value in (("classes", classes), ("trusted", trusted)):
-        if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Sequence)):
-            raise InvalidArgumentError(f"{name} is {value!r}; give a list", value=value)
 
 
 def _several(outputs: Source | Sequence[Source]) -> Sequence[Source]:

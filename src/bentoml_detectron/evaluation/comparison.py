@@ -86,7 +86,7 @@ def compare(
 
     Args:
         evaluation: Of one model.
-        other: Of the one that it is compared with; a difference above 0 says that this one is worse.
+        other: Of the model that it is compared with; a positive difference means that `evaluation` is better.
         resamples: How often images are drawn, 1 or more; of fewer than 20 there are no intervals, nor of one image.
         seed: Of the draws; the same gives the same intervals.
         confidence: Between 0 and 1.

@@ -42,7 +42,7 @@ _LONGEST_NAME = 63  # characters, as bentos' are
 
 logger = logging.getLogger("bentoml.detectron")
 DETECTRON2 = "uv pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
-"""Into the environment that BentoML's Dockerfiles make, in which there is no pip, for the PyTorch that is there."""
+"""Installs Detectron2 against the PyTorch that is installed; by uv, since the environment of BentoML's images has no pip."""
 Image = Annotated[Path, ContentType("image/*")]
 
 
@@ -59,7 +59,7 @@ def get_service(
     - ``GET /info``: what the model is. ``GET /ui``: a page to try it on. ``GET /docs.json``: the OpenAPI document.
     - BentoML's own ``/livez``, ``/readyz`` (503 until the model is loaded and has passed its self-test) and ``/metrics``.
 
-    Concurrent requests run as one batch, whatever their options and sizes are.
+    Requests that wait together run as one batch if their images have the same padded shape, whatever their options.
 
     Args:
         bento_model: The model, or its tag, in BentoML's model store.
@@ -70,8 +70,8 @@ def get_service(
         The service.
 
     Raises:
-        InvalidArgumentError: (``ValueError``) `bento_model` is not a tag, ``path_prefix`` is not a path, or what belongs to `settings` is
-            given beside them.
+        InvalidArgumentError: (``ValueError``) `bento_model` is not a tag, ``path_prefix`` is not a path, or one of the settings
+            is given beside `settings`.
 
     Example::
 

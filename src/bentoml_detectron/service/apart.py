@@ -179,6 +179,10 @@ def start(
         connection.close()
         # As by the system, for want of memory, or by someone. What its own code did, it would do again.
         raise (ModelEndedError if process.returncode < 0 else DetectronError)(ended) from None
+    except BaseException:
+        process.kill()
+        connection.close()
+        raise
     if isinstance(loaded, _Loaded):
         spare_from_collection()
         return Apart(process, connection, loaded, share)

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs
 
 from bentoml.exceptions import BentoMLException
 
+from bentoml_detectron.artifact.code import check_trusted
 from bentoml_detectron.errors import DetectronError, InvalidArgumentError, NotReadyError, OverloadedError, reason
 from bentoml_detectron.options import PRECISIONS
 from bentoml_detectron.service import gate
@@ -99,6 +100,7 @@ class Settings:
             raise InvalidArgumentError(
                 f"precision={self.precision!r}; give one of {', '.join(PRECISIONS)}", value=self.precision
             )
+        object.__setattr__(self, "trusted", check_trusted(self.trusted))
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
@@ -252,7 +254,7 @@ class Front:
 
     def _is_authorized(self, scope: Scope) -> bool:
         token = self.worker.settings.token
-        if token is None or scope["path"].removeprefix(self._prefix) in _OPEN:
+        if token is None or gate.path_of(scope).removeprefix(self._prefix) in _OPEN:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, b"Bearer " + token.encode())

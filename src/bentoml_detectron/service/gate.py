@@ -80,7 +80,7 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _is_known(self, scope: Scope) -> bool:
-        if scope["path"] in self._paths or scope["path"] in self._files:
+        if path_of(scope) in self._paths or path_of(scope) in self._files:
             return True
         routes = (route for route in self._router.routes if not _is_static(route))
         return scope["path"].isprintable() and any(route.matches(scope)[0] != Match.NONE for route in routes)

@@ -96,7 +96,7 @@ _STATUSES = {
     "400": "The request or the image is malformed, or a field is out of range",
     "401": "The token is missing or wrong",
     "408": "The body took too long to arrive",
-    "413": "The body or the image is too large",
+    "413": "The body or the image is too large, or the image takes more memory than there is",
     "415": "Neither a form nor an image of a format that is taken",
     "503": "Too many requests wait, or the model is not loaded; ask again after Retry-After seconds",
     "504": "No answer within the service's time; ask again",
