@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
+from playwright.sync_api import expect
 
 from bentoml_detectron import demo
 from bentoml_detectron.masks import decode
@@ -108,6 +109,31 @@ def test_page_and_its_commands_hold_below_a_prefix(browser, digits_home, tmp_pat
         assert run_both(page, tmp_path / "sample") == [found, found]
         assert page.errors == []
         assert {httpx.URL(url).path[:11] for url in page.asked if not url.startswith("blob:")} == {"/models/v1/"}
+        page.context.close()
+
+
+def test_token_is_asked_for_where_it_is_entered(browser, digits_home, tmp_path):
+    write_service(tmp_path)
+    with served(tmp_path, digits_home, BENTOML_DETECTRON_TOKEN="secret") as server:
+        page = Page(browser, server.url)
+        assert page.text("#about") == "This service needs a token: enter it below"
+        page.page.keyboard.press("Tab")
+        assert page.page.evaluate("document.activeElement.id") == "token"
+        page.choose("mine.jpg", demo.images()[3].read_bytes())
+        expect(page.page.locator("#status.error")).to_have_text("This service needs a token: enter it above")
+        assert "Authorization: Bearer $BENTOML_DETECTRON_TOKEN" in page.text("#curl")  # as it will run where the token is
+        assert 'token=os.environ["BENTOML_DETECTRON_TOKEN"]' in page.text("#python")
+        page.page.locator("#token").fill("guessed")
+        expect(page.page.locator("#about")).to_have_text("The token is not right")
+        expect(page.page.locator("#token")).to_have_attribute("aria-invalid", "true")
+        page.choose("mine.jpg", demo.images()[3].read_bytes())
+        expect(page.page.locator("#status.error")).to_have_text("The token is not right")
+        page.page.locator("#token").fill("secret")
+        page.page.keyboard.press("Enter")
+        expect(page.page.locator("#status")).to_contain_text("7 found")  # of the image that waited
+        assert "10 classes" in page.text("#about")
+        expect(page.page.locator("#token")).to_have_attribute("aria-invalid", "false")
+        assert page.errors == []
         page.context.close()
 
 
