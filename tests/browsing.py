@@ -64,7 +64,7 @@ class Page:
 
     def draw(self, *layers: str) -> np.ndarray:
         """The canvas with these layers alone, (H, W, 3) int16."""
-        for box in self.page.locator("#layers input").all():
+        for box in self.page.locator("#layers input:enabled").all():
             box.set_checked(box.get_attribute("value") in layers)
         url = self.page.evaluate("picture.toDataURL()")
         with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as drawn:

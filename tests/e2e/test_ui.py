@@ -112,6 +112,20 @@ def test_page_and_its_commands_hold_below_a_prefix(browser, digits_home, tmp_pat
         page.context.close()
 
 
+def test_layers_stay_as_they_were_chosen(page):
+    score, masks, boxes = (page.page.locator(each) for each in ("#score_threshold", "[value=masks]", "[value=boxes]"))
+    page.sample()
+    masks.uncheck()
+    page.after(lambda: score.fill("1"))
+    expect(masks).to_be_disabled()  # and still there
+    expect(boxes).to_be_disabled()
+    page.after(lambda: score.fill("0.5"))
+    expect(masks).to_be_enabled()
+    expect(masks).not_to_be_checked()
+    expect(boxes).to_be_checked()
+    expect(page.page.locator("[value=segments]")).to_be_hidden()  # this model gives none
+
+
 def test_token_is_asked_for_where_it_is_entered(browser, digits_home, tmp_path):
     write_service(tmp_path)
     with served(tmp_path, digits_home, BENTOML_DETECTRON_TOKEN="secret") as server:
