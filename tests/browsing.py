@@ -66,7 +66,11 @@ class Page:
         """The canvas with these layers alone, (H, W, 3) int16."""
         for box in self.page.locator("#layers input:enabled").all():
             box.set_checked(box.get_attribute("value") in layers)
-        url = self.page.evaluate("picture.toDataURL()")
+        return self.pixels("picture")
+
+    def pixels(self, canvas: str) -> np.ndarray:
+        """What is on a canvas, by its id, (H, W, 3) int16."""
+        url = self.page.evaluate(f"{canvas}.toDataURL()")
         with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as drawn:
             return np.asarray(drawn.convert("RGB")).astype(np.int16)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import httpx
 import numpy as np
@@ -156,15 +158,64 @@ def test_refusal_is_shown_as_the_server_says_it(page, server):
     page.choose("notes.txt", b"no picture")
     page.page.wait_for_selector("#status.error")
     assert page.text("#status") == server.predict(b"no picture").json()["error"]
-    assert page.page.locator("#picture").is_hidden()
+    for what in ("#picture", "#result", "#calls"):  # the browser has no picture of it, either
+        assert page.page.locator(what).is_hidden()
     page.sample()  # and it goes on
-    assert page.page.locator("#picture").is_visible()
+    for what in ("#picture", "#result", "#calls"):
+        assert page.page.locator(what).is_visible()
 
 
-def test_phone_needs_no_scrolling_sideways(browser, server):
-    page = Page(browser, server.url, width=360)
+def test_image_stays_where_its_call_is_refused(page):
     page.sample()
-    assert page.page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [360, 360]
+    plain = page.draw()
+    for box in page.page.locator("#layers input:enabled").all():
+        box.check()
+    page.page.locator("#top_k").fill("0")
+    expect(page.page.locator("#status.error")).to_contain_text("top_k")
+    assert page.page.locator("#picture").is_visible()
+    assert not changed(page.pixels("picture"), plain).any()
+    assert page.page.locator("#calls").is_hidden()
+    assert page.page.locator("#result").is_hidden()
+    page.after(lambda: page.page.locator("#top_k").fill("1"))
+    assert changed(page.pixels("picture"), plain).any()
+    assert page.page.locator("#calls").is_visible()
+
+
+def test_nothing_found_says_why(page):
+    page.sample()
+    page.after(lambda: page.page.locator("#score_threshold").fill("1"))
+    assert page.text("#status").startswith("Nothing above 1.00: lower the score (")
+    page.after(lambda: page.page.get_by_label("4", exact=True).check())
+    assert page.text("#status").startswith("Nothing of the chosen classes above 1.00: lower the score or choose other")
+    assert page.page.locator("#list").is_hidden()
+
+
+def test_progress_is_shown_over_the_chosen_image(page):
+    page.sample(4)
+    plain = page.draw()
+    old = page.sample(3)
+    held: list[Any] = []
+    page.page.route("**/predict", lambda route: held.append(route), times=1)
+    page.page.locator("#samples button").nth(4).click()
+    expect(page.page.locator("#stage")).to_have_attribute("aria-busy", "true")
+    expect(page.page.locator("#progress")).to_be_visible()
+    assert page.text("#status") == "Predicting …"
+    assert not changed(page.pixels("picture"), plain).any()  # nothing of the image before
+    new = page.after(held[0].continue_)
+    assert new != old
+    expect(page.page.locator("#stage")).to_have_attribute("aria-busy", "false")
+    expect(page.page.locator("#progress")).to_be_hidden()
+
+
+@pytest.mark.parametrize("width", [360, 375])
+def test_phone_has_all_one_below_the_other(browser, server, width):
+    page = Page(browser, server.url, width=width)
+    page.sample()
+    assert page.page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [width, width]
+    boxes = [page.page.locator(each).bounding_box() for each in (".upload", "#status", "#picture", "#list", "#form", "#calls")]
+    for above, below in pairwise(boxes):
+        assert above["y"] + above["height"] <= below["y"]
+    assert boxes[1]["y"] < boxes[0]["y"] + boxes[0]["height"] + 30
     page.context.close()
 
 

@@ -154,6 +154,7 @@ def test_rotated_boxes_are_drawn_as_detectron2_turns_them(browser, others_home, 
         found = page.after(lambda: page.choose("a.jpg", PICTURE))
         difference = changed(page.draw("boxes"), page.draw())
         scale = difference.shape[0] / found["image_size"][0]
+        assert ", no class names, " in page.text("#about")
         assert len(found["boxes"]) == 4
         for x, y, width, height, degrees in found["boxes"]:
             # Counter-clockwise where y goes down: to the right along the box is cos, -sin.
