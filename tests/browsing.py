@@ -31,8 +31,8 @@ needs_chromium = pytest.mark.skipif(
 class Page:
     """A page of the browser, all that it asked for, and what went wrong on it."""
 
-    def __init__(self, browser: Any, url: str, width: int = 1280) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": 800})
+    def __init__(self, browser: Any, url: str, width: int = 1280, **more: Any) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 800}, **more)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.page = self.context.new_page()
         self.asked: list[str] = []
@@ -68,11 +68,11 @@ class Page:
             box.set_checked(box.get_attribute("value") in layers)
         return self.pixels("picture")
 
-    def pixels(self, canvas: str) -> np.ndarray:
-        """What is on a canvas, by its id, (H, W, 3) int16."""
+    def pixels(self, canvas: str, alpha: bool = False) -> np.ndarray:
+        """What is on a canvas, by its id, (H, W, 3) int16, or its alpha, (H, W)."""
         url = self.page.evaluate(f"{canvas}.toDataURL()")
         with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as drawn:
-            return np.asarray(drawn.convert("RGB")).astype(np.int16)
+            return np.asarray(drawn.getchannel("A") if alpha else drawn.convert("RGB")).astype(np.int16)
 
     def copied(self, name: str) -> str:
         self.page.locator(f"button[value={name}]").click()
@@ -83,6 +83,14 @@ class Page:
 def changed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(H, W) bool, where two pictures differ."""
     return np.abs(one - other).max(2) > 8
+
+
+def contrast(colors: np.ndarray) -> float:
+    """Between the lightest and the darkest of (N, 3) colors, as WCAG has it."""
+    shares = colors / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722] + 0.05
+    return float(luminance.max() / luminance.min())
 
 
 def run_both(page: Page, folder: Path, **more: str) -> list[Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from playwright.sync_api import expect
 
 from bentoml_detectron import demo
 from bentoml_detectron.masks import decode
-from browsing import Page, changed, needs_chromium, run_both
+from browsing import Page, changed, contrast, needs_chromium, run_both
 from servers import Server, served, started, write_service
 
 pytestmark = [pytest.mark.slow, needs_chromium]
@@ -126,6 +127,72 @@ def test_layers_stay_as_they_were_chosen(page):
     expect(masks).not_to_be_checked()
     expect(boxes).to_be_checked()
     expect(page.page.locator("[value=segments]")).to_be_hidden()  # this model gives none
+
+
+def test_boxes_and_dots_stand_out_from_what_is_around_them(browser, server):
+    for scheme in ("light", "dark"):
+        page = Page(browser, server.url, color_scheme=scheme)
+        found = page.sample()
+        drawn = page.draw("boxes")
+        scale = drawn.shape[0] / found["image_size"][0]
+        for left, top, _, bottom in np.array(found["boxes"]) * scale:
+            across = drawn[int((top + bottom) / 2), int(left) - 8 : int(left) + 8]
+            assert contrast(across) > 4
+        colors = "[getComputedStyle(document.querySelector('.dot')).outlineColor, getComputedStyle(result).backgroundColor]"
+        ring, card = (re.findall(r"\d+", color) for color in page.page.evaluate(colors))
+        assert contrast(np.array([ring, card], dtype=int)) > 4.5
+        page.context.close()
+
+
+def test_labels_do_not_cover_each_other(page):
+    page.sample()
+    page.page.evaluate("""() => {
+        const { fillText } = CanvasRenderingContext2D.prototype;
+        CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+            labels.push([x, y, this.measureText(text).width, parseFloat(this.font)]);
+            fillText.call(this, text, x, y);
+        };
+        window.labels = [];
+    }""")
+    for score, least in (("0.4", 7), ("0.02", 12)):
+        page.page.evaluate("labels.length = 0")
+        found = page.after(lambda score=score: page.page.locator("#score_threshold").fill(score))
+        labels = page.page.evaluate("labels")
+        assert least <= len(labels) <= len(found["scores"])
+        for (x, y, width, size), (other_x, other_y, other_width, _) in combinations(labels, 2):
+            assert abs(y - other_y) > size or x + width < other_x or other_x + other_width < x
+
+
+def test_row_shows_its_box(page):
+    found = page.sample()
+    rows = page.page.locator("#rows tr")
+    scale = page.pixels("lit").shape[0] / found["image_size"][0]
+
+    def lit() -> int | None:
+        """Whose box is shown: what is around it is darker."""
+        alpha = page.pixels("lit", alpha=True)
+        inside = [alpha[int((y + y2) / 2 * scale), int((x + x2) / 2 * scale)] == 0 for x, y, x2, y2 in found["boxes"]]
+        return inside.index(True) if alpha.any() else None
+
+    assert lit() is None
+    rows.nth(3).hover()
+    assert lit() == 2
+    rows.nth(0).hover()  # the heads
+    assert lit() is None
+    page.page.locator("#list").focus()
+    page.page.keyboard.press("Tab")
+    assert lit() == 0
+    for key, shown in (("ArrowDown", 1), ("ArrowDown", 2), ("ArrowUp", 1), ("ArrowUp", 0), ("ArrowUp", 0)):
+        page.page.keyboard.press(key)
+        assert lit() == shown
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("Shift+Tab")
+    assert lit() is None
+    page.page.keyboard.press("Tab")  # one stop for all rows: the last one
+    assert lit() == 1
+    page.page.locator("#score_threshold").focus()
+    page.after(lambda: page.page.keyboard.press("ArrowRight"))
+    assert lit() is None
 
 
 def test_token_is_asked_for_where_it_is_entered(browser, digits_home, tmp_path):
