@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import combinations, pairwise
@@ -10,9 +11,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
-from bentoml_detectron import demo
+from bentoml_detectron import Detections, demo
 from bentoml_detectron.masks import decode
 from browsing import Page, changed, contrast, needs_chromium, run_both
 from servers import Server, served, started, write_service
@@ -190,9 +192,76 @@ def test_row_shows_its_box(page):
     assert lit() is None
     page.page.keyboard.press("Tab")  # one stop for all rows: the last one
     assert lit() == 1
+    rows.nth(5).click()
+    assert lit() == 4
+    assert page.page.locator("#rows [tabindex='0']").count() == 1
+    page.page.mouse.move(5, 5)
     page.page.locator("#score_threshold").focus()
     page.after(lambda: page.page.keyboard.press("ArrowRight"))
     assert lit() is None
+
+
+def test_no_class_ticked_means_all_and_is_said_so(page):
+    page.sample()
+    assert page.text("#choice summary") == "Classes: all, as none is ticked"
+    page.after(lambda: page.page.get_by_label("8", exact=True).check())
+    page.after(lambda: page.page.get_by_label("9", exact=True).check())
+    assert page.text("#choice summary") == "Classes: only 8, 9"
+    page.after(lambda: page.page.get_by_label("8", exact=True).uncheck())
+    page.after(lambda: page.page.get_by_label("9", exact=True).uncheck())
+    assert page.text("#choice summary") == "Classes: all, as none is ticked"
+
+
+def test_downloads_are_what_is_shown(page, tmp_path):
+    found = page.sample()
+    for button, name in (("JSON", "digits_03.json"), ("picture", "digits_03-found.png")):
+        with page.page.expect_download() as download:
+            page.page.get_by_role("button", name=f"Download {button}").click()
+        assert download.value.suggested_filename == name
+        download.value.save_as(tmp_path / name)
+    assert json.loads((tmp_path / "digits_03.json").read_text()) == found
+    assert Detections.from_json((tmp_path / "digits_03.json").read_text()).class_names == tuple(found["class_names"])
+    with Image.open(tmp_path / "digits_03-found.png") as picture:
+        assert not changed(np.asarray(picture.convert("RGB")).astype(np.int16), page.pixels("picture")).any()
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_calls_are_not_cut(browser, server, width):
+    page = Page(browser, server.url, width=width)
+    page.sample()
+    page.after(lambda: page.page.get_by_label("8", exact=True).check())
+    page.after(lambda: page.page.locator("#top_k").fill("3"))
+    for name in ("curl", "python"):
+        assert page.page.evaluate(f"{name}.scrollWidth - {name}.clientWidth") == 0
+        assert max(map(len, page.page.locator(f"#{name}").text_content().splitlines())) < 70
+    page.context.close()
+
+
+def test_nothing_turns_where_motion_is_not_wanted(browser, server):
+    for wanted, name in (("no-preference", "turn"), ("reduce", "none")):
+        page = Page(browser, server.url, reduced_motion=wanted)
+        assert page.page.evaluate("getComputedStyle(document.querySelector('#progress span')).animationName") == name
+        page.context.close()
+
+
+def test_screen_reader_has_a_name_for_everything(page):
+    page.sample()
+    tree = page.page.locator("body").aria_snapshot()
+    for line in (
+        "- status: 7 found in",
+        "- status: GeneralizedRCNN, 10 classes",
+        '- slider "Score above": "0.5"',
+        '- spinbutton "At most"',
+        'img "digits_03.jpg with 7 found: 9, 7, 8, 0, 8, 5, 0"',
+        '- grid "What was found"',
+        '- row "9 1.000 26, 51, 60, 105"',
+        '- button "Copy curl"',
+        '- button "Copy Python"',
+        '- checkbox "masks" [checked]',
+        '- button "Sample digits_03.jpg" [pressed]',
+    ):
+        assert line in tree
+    assert not re.search(r"- (button|checkbox|img|slider|spinbutton|textbox)( \[.*\])?(:.*)?$", tree, re.MULTILINE)  # unnamed
 
 
 def test_token_is_asked_for_where_it_is_entered(browser, digits_home, tmp_path):
