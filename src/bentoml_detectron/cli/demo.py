@@ -28,9 +28,13 @@ def command(output: Path, image: int) -> None:
     from bentoml_detectron import demo, draw, load_predictor, masks, save_model
 
     if not output.absolute().parent.is_dir():
-        raise InvalidArgumentError(f"there is no folder {output.parent}; make it, or give another --output", value=str(output))
+        raise InvalidArgumentError(
+            f"there is no folder {output.parent}; create it, or give another --output", value=str(output)
+        )
     if output.suffix.lower() not in Image.registered_extensions():
-        raise InvalidArgumentError(f"{output} is no picture's name; give one as found.png as --output", value=str(output))
+        raise InvalidArgumentError(
+            f"{output} is not the name of an image file; give one, as --output found.png", value=str(output)
+        )
     saved = save_model("digits-demo", demo.predictor())
     click.echo(f"Saved {saved.tag}")
     path = demo.images()[image]

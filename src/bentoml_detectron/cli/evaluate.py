@@ -49,19 +49,22 @@ class _Source:
 @click.command("evaluate")
 @click.argument("tag", required=False)
 @click.option("--annotations", required=True, metavar="FILE", type=click.Path(path_type=Path),
-              help="COCO's instances, person keypoints or panoptic JSON; or a folder of semantic maps as PNG.")  # fmt: skip
-@click.option("--images", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder of the images.")
-@click.option("--url", metavar="URL", help="Evaluate the service that runs there, over HTTP.")
-@click.option("--compare", "other", metavar="TAG", help="Say how far this model is from that one, and how sure that is.")
+              help="COCO JSON: instances, person keypoints or panoptic; or a folder of semantic maps as PNGs.")  # fmt: skip
+@click.option("--images", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The folder with the images.")
+@click.option("--url", metavar="URL", help="Evaluate the service running at this URL, over HTTP.")
+@click.option("--compare", "other", metavar="TAG",
+              help="Also report the differences from this model, with confidence intervals.")  # fmt: skip
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True),
-              help="Write all of it as JSON; - for the standard output, with no tables.")  # fmt: skip
-@click.option("--classes", multiple=True, metavar="NAME", help="Evaluate only this class of the annotations; repeatable.")
+              help="Write the whole report as JSON; - writes it to stdout instead of the tables.")  # fmt: skip
+@click.option("--classes", multiple=True, metavar="NAME", help="Evaluate only this class; repeatable.")
 @click.option("--panoptic-root", metavar="DIR", type=click.Path(path_type=Path),
-              help="PNGs of a panoptic file; its path without .json unless given.")  # fmt: skip
-@click.option("--keypoint-sigmas", metavar="S1,S2,...", help="One a keypoint; COCO's for 17 and 1/K for K unless given.")
-@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(min=1), help="Of --compare's bootstrap.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of --compare's bootstrap.")
-@click.option("--connections", default=4, show_default=True, type=click.IntRange(1, 256), help="Requests at once to --url.")
+              help="The folder with a panoptic file's PNGs; by default, the file's path without .json.")  # fmt: skip
+@click.option("--keypoint-sigmas", metavar="S1,S2,...",
+              help="One for each of K keypoints; by default COCO's if K is 17, else 1/K.")  # fmt: skip
+@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(min=1),
+              help="Bootstrap resamples for --compare.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Random seed for --compare.")
+@click.option("--connections", default=4, show_default=True, type=click.IntRange(1, 256), help="Concurrent requests to --url.")
 @options.device
 @options.precision
 @options.max_image_pixels
@@ -88,8 +91,8 @@ def command(
 ) -> None:
     """Evaluate a saved model, or with --url a running service, on annotated images.
 
-    Gives the AP of boxes, masks and keypoints, panoptic quality, or mean IoU, by what the annotations are and what the model
-    finds, over all classes and of each. Where a service asks for a token, BENTOML_DETECTRON_TOKEN holds it.
+    Reports the AP of boxes, masks and keypoints, panoptic quality, or mean IoU, depending on the annotations and on what the
+    model predicts, over all classes and for each one. If the service requires a token, set BENTOML_DETECTRON_TOKEN to it.
 
     \b
     Examples:
@@ -132,7 +135,7 @@ def _check_target(tag: str | None, url: str | None, other: str | None, json_file
     from bentoml_detectron.store import get
 
     if tag is None and url is None:
-        raise InvalidArgumentError("there is nothing to evaluate; give the TAG of a saved model, or --url of a service")
+        raise InvalidArgumentError("there is nothing to evaluate; give the TAG of a saved model, or the --url of a service")
     if json_file is not None and str(json_file) != "-" and not json_file.parent.is_dir():
         raise InvalidArgumentError(f"there is no folder {json_file.parent}; give another --json", value=str(json_file))
     if json_file is not None and json_file.is_dir():
@@ -147,7 +150,7 @@ def _refuse_given(*names: str) -> None:
     for name in names:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             option = f"--{name.replace('_', '-')}"
-            raise InvalidArgumentError(f"{option} is not for a service, which runs as it was started; leave it out", value=name)
+            raise InvalidArgumentError(f"{option} has no effect on a service that is already running; remove it", value=name)
 
 
 def _check_names(truth: GroundTruth, source: _Source) -> None:
@@ -163,7 +166,7 @@ def _numbers(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(each) for each in text.split(",")]
     except ValueError as exc:
-        raise InvalidArgumentError(f"--keypoint-sigmas is {text!r}; give numbers with commas between", value=text) from exc
+        raise InvalidArgumentError(f"--keypoint-sigmas is {text!r}; give numbers separated by commas", value=text) from exc
 
 
 @contextmanager
@@ -210,7 +213,7 @@ def _served(tag: str | None, url: str, connections: int) -> Iterator[_Source]:
             from bentoml_detectron import get
 
             if str(get(tag).tag) != info["tag"]:
-                raise InvalidArgumentError(f"{url} serves {info['tag']}, not {tag}; leave out the tag", value=info["tag"])
+                raise InvalidArgumentError(f"{url} serves {info['tag']}, not {tag}; omit the tag", value=info["tag"])
         things, stuff = (list(info.get(name) or []) for name in ("thing_classes", "stuff_classes"))
         precision = info.get("precision", "fp32")
         name = f"{info['tag']} at {url}" + ("" if precision == "fp32" else f" in {precision}")
@@ -245,7 +248,7 @@ def _show(report: Mapping[str, Any], evaluation: Any, comparison: Any, json_file
     if comparison is not None:
         other = report["comparison"]["with"]
         of_one = sorted(evaluation.tasks.keys() ^ other["tasks"].keys())
-        notes += [*other["notes"], *(f"{task} is not compared: one of the two has none" for task in of_one)]
+        notes += [*other["notes"], *(f"{task} is not compared: only one of the two models has it" for task in of_one)]
     for note in dict.fromkeys(notes):
         click.echo(f"note: {note}")
     if fault is not None:

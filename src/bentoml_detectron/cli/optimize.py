@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @click.command("optimize")
 @click.argument("tag")
-@click.option("--precision", default="int8", show_default=True, type=click.Choice(["int8"]), help="What it is to run in.")
-@click.option("--calibration", required=True, metavar="DIR", help="A folder of images as the model will see them; 100 will do.")
+@click.option("--precision", default="int8", show_default=True, type=click.Choice(["int8"]),
+              help="The precision to optimize for.")  # fmt: skip
+@click.option("--calibration", required=True, metavar="DIR", help="A folder of typical input images; 100 are enough.")
 @click.option("--annotations", metavar="FILE", type=click.Path(path_type=Path),
               help="COCO annotations of images in that folder, to measure AP before and after.")  # fmt: skip
 @click.option("--name", required=True, help="The new model's name, or NAME:VERSION.")
-@click.option("--force", is_flag=True, help="Save it also where it is slower, or finds something else than allowed.")
+@click.option("--force", is_flag=True, help="Save the model even if it is slower or loses too much accuracy.")
 @options.trust_remote_code
 @options.trusted
 def command(
@@ -35,11 +36,11 @@ def command(
     trust_remote_code: bool,
     trusted: tuple[str, ...],
 ) -> None:
-    """Calibrate a saved model for int8, and save it under another name if that is worth it.
+    """Calibrate a saved model for int8, and save it under another name if that pays off.
 
-    Measures the ranges of features on the images, then how fast the model is on this machine and how much of what it finds is
-    the same. What is slower than fp32, loses more than 0.8 points of a metric or, without annotations, finds less than 95 % of
-    the same, is not saved.
+    Measures the ranges of the model's features on the images, then compares int8 with fp32 in speed on this machine and in
+    what is found. The result is not saved if it is slower than fp32, loses more than 0.8 points of a metric or, without
+    annotations, agrees with fp32 on less than 95 % of the detections.
 
     \b
     Example:

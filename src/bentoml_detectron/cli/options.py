@@ -14,20 +14,24 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-device = click.option("--device", default="cpu", show_default=True, help="Where the model lives: cpu, cuda:0.")
+device = click.option("--device", default="cpu", show_default=True, help="Device to run the model on, such as cpu or cuda:0.")
 precision = click.option(
     "--precision",
     default="fp32",
     show_default=True,
     type=click.Choice(PRECISIONS),
-    help="bf16 and int8 are faster; fp16 is for GPUs; int8 needs a model made by optimize; auto takes the fastest.",
+    help="bf16 and int8 are faster; fp16 needs a GPU; int8 needs a model saved by optimize; auto picks the fastest.",
 )
 max_image_pixels = click.option(
-    "--max-image-pixels", default=25_000_000, show_default=True, type=click.IntRange(min=1), help="Largest image."
+    "--max-image-pixels",
+    default=25_000_000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Largest image accepted, in pixels.",
 )
-trust_remote_code = click.option("--trust-remote-code", is_flag=True, help="Import the source that the model brings along.")
+trust_remote_code = click.option("--trust-remote-code", is_flag=True, help="Import the source code bundled with the model.")
 trusted = click.option(
-    "--trusted", multiple=True, metavar="MODULE", help="An installed module that the model may import; repeatable."
+    "--trusted", multiple=True, metavar="MODULE", help="Installed module that the model may import; repeatable."
 )
 
 

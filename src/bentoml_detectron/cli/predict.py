@@ -31,24 +31,29 @@ _SECONDS = 10.0  # between lines
 @click.argument("tag")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--output", "-o", "outputs", multiple=True, required=True, metavar="PATH",
-              help="A .json (COCO results), .jsonl or .parquet file, or a folder for pictures; repeatable.")  # fmt: skip
-@click.option("--errors", metavar="FILE", help="Where images that cannot be used go, with the reason, as JSON lines.")
-@click.option("--allow-errors", is_flag=True, help=f"Exit with 0 where some images cannot be used, not with {INCOMPLETE}.")
-@click.option("--resume", is_flag=True, help="Go on with an unfinished run, where there is one.")
+              help=".json (COCO results), .jsonl or .parquet file, or a folder for annotated images; repeatable.")  # fmt: skip
+@click.option("--errors", metavar="FILE", help="File to list unusable images in, each with the reason, as JSON lines.")
+@click.option("--allow-errors", is_flag=True, help=f"Exit with status 0, not {INCOMPLETE}, if some images are unusable.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished run, if there is one.")
 @click.option("--parquet-rows", default="detection", show_default=True, type=click.Choice(["detection", "image"]),
-              help="What a row of Parquet is.")  # fmt: skip
-@click.option("--image-root", metavar="FOLDER", help="Where an annotation file's names start from; its own folder by default.")
-@click.option("--image-column", metavar="NAME", help="The images' column in Parquet.")
-@click.option("--key-column", metavar="NAME", help="The names' column in Parquet.")
-@click.option("--chunk", default=100, show_default=True, type=click.IntRange(1), help="Images that a killed run may do again.")
-@click.option("--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]), help="Where the model runs.")
-@click.option("--ray-address", metavar="HOST:PORT", help="Of the Ray cluster; the one on this machine by default.")
-@click.option("--ray-workers", type=click.IntRange(1), help="Processes with the model; one a GPU, or a node, by default.")
+              help="What each row of a .parquet output holds.")  # fmt: skip
+@click.option("--image-root", metavar="FOLDER",
+              help="Folder that file names in the annotations are relative to; by default, theirs.")  # fmt: skip
+@click.option("--image-column", metavar="NAME", help="Column of a Parquet source with the images.")
+@click.option("--key-column", metavar="NAME", help="Column of a Parquet source with the images' names.")
+@click.option("--chunk", default=100, show_default=True, type=click.IntRange(1),
+              help="Images per checkpoint; a killed run may repeat up to this many.")  # fmt: skip
+@click.option("--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]),
+              help="Where to run the model.")  # fmt: skip
+@click.option("--ray-address", metavar="HOST:PORT", help="Address of the Ray cluster; by default, the one on this machine.")
+@click.option("--ray-workers", type=click.IntRange(1),
+              help="Number of model processes; by default, one per GPU or, on the CPU, per node.")  # fmt: skip
 @options.device
 @options.precision
-@click.option("--score-threshold", type=float, help="From 0 to 1; the model's own by default.")
-@click.option("--classes", multiple=True, metavar="CLASSES", help="Names or ids, with commas between; repeatable.")
-@click.option("--top-k", type=int, help="At most so many detections an image, the best.")
+@click.option("--score-threshold", type=float, help="Lowest score to keep, from 0 to 1; by default, the model's own.")
+@click.option("--classes", multiple=True, metavar="CLASSES",
+              help="Names or ids of classes to keep, separated by commas; repeatable.")  # fmt: skip
+@click.option("--top-k", type=int, help="Keep at most this many detections per image, the highest-scoring ones.")
 @options.max_image_pixels
 @options.trust_remote_code
 @options.trusted
@@ -76,10 +81,10 @@ def command(
     trust_remote_code: bool,
     trusted: tuple[str, ...],
 ) -> None:
-    """Run a saved model over images, and write what it finds.
+    """Run a saved model over images, and write the results.
 
     A SOURCE is an image, a folder, a glob, a COCO annotation file, a Parquet file with encoded images, or - for a list of paths
-    on stdin. Outputs appear when all is done; a run that was ended before goes on with --resume.
+    on stdin. Outputs appear when the whole run is finished; an interrupted run can be continued with --resume.
 
     \b
     Example:
@@ -115,7 +120,7 @@ def command(
             progress=progress,
         )
     if not report.images:
-        click.echo(f"{names}: there already, and no unfinished run; nothing was done")
+        click.echo(f"{names}: already complete, and there is no unfinished run; nothing was done")
         return
     new = report.images - report.resumed
     share = f", {new:,} of them now" if report.resumed else ""
@@ -144,7 +149,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo("Error: interrupted; --resume goes on from what is finished", err=True)
+        click.echo("Error: interrupted; continue with --resume", err=True)
         sys.exit(INTERRUPTED)
 
 
@@ -198,7 +203,7 @@ def _lines(quiet: bool) -> Progress:
         def start(self, total: int, done: int) -> None:
             self.total, self.before = total, done
             self.begun = self.said = time.perf_counter()
-            click.echo(f"{total:,} images{f', {done:,} of them done before' if done else ''}", err=True)
+            click.echo(f"{total:,} images{f', {done:,} of them already done' if done else ''}", err=True)
 
         def advance(self, images: int) -> None:
             self.images += images

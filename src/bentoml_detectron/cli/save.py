@@ -20,12 +20,12 @@ _SHOWN = 5  # names in a line
 # As in Detectron2's own tools, all that comes after the first KEY are overrides, a value of -1 too.
 @click.command("save", context_settings={"allow_interspersed_args": False})
 @click.option("--config-file", required=True, metavar="FILE", type=click.Path(),
-              help="The config: a .yaml file, a name of Detectron2's model zoo, or a LazyConfig's .py file.")  # fmt: skip
+              help="The config: a .yaml file, a name from Detectron2's model zoo, or a LazyConfig's .py file.")  # fmt: skip
 @click.option("--weights", metavar="FILE", type=click.Path(),
-              help="The trained weights: .pth, or the model zoo's .pkl. What the config names unless given.")  # fmt: skip
+              help="The trained weights: .pth, or the model zoo's .pkl; by default, those named in the config.")  # fmt: skip
 @click.option("--name", required=True, metavar="TAG", help="The saved model's name, or name:version.")
 @click.option("--classes-from", metavar="FILE", type=click.Path(path_type=Path),
-              help="A COCO annotation file whose categories name the model's classes.")  # fmt: skip
+              help="A COCO annotation file to take the class names from.")  # fmt: skip
 @click.option("--trust-remote-code", is_flag=True, help="Run the .py file of a LazyConfig.")
 @click.argument("overrides", nargs=-1, metavar="[KEY VALUE]...")
 def command(
@@ -36,7 +36,7 @@ def command(
     trust_remote_code: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Save a model from a config file, weights and overrides, as Detectron2's own tools take them.
+    """Save a model from a config file, weights and overrides, in the form that Detectron2's own tools take.
 
     Overrides come last: KEY VALUE pairs, or key=value for a LazyConfig. Nothing is downloaded, and no file is unpickled.
 
@@ -83,7 +83,7 @@ def _summary(saved: Model, built: Built) -> list[tuple[str, str]]:
         ("model", f"{type(built.module).__name__}, {parameters:,} parameters, {size / 1e6:,.1f} MB"),
         ("weights", str(built.weights)),
         ("input", f"{image.format}, shorter edge {image.min_size_test} pixels, longer at most {image.max_size_test}"),
-        ("classes", f"{len(classes)}: {_some(classes)}" if classes else "without names; --classes-from FILE gives them some"),
+        ("classes", f"{len(classes)}: {_some(classes)}" if classes else "unnamed; name them with --classes-from FILE"),
         ("self-test", "recorded" if content.self_test else "none: the model does not run on an image alone"),
     ]
     if built.unused:

@@ -24,18 +24,21 @@ _UNSAID = "ignore:::torch.jit._script,ignore:::torch.functional"
 
 @click.command("serve")
 @click.argument("tag")
-@click.option("--host", default="127.0.0.1", show_default=True, help="IP address to listen on; 0.0.0.0 for all.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="IP address to listen on; 0.0.0.0 for all interfaces.")
 @click.option("--port", default=3000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Processes that answer.")
-@click.option("--model-instances", type=click.IntRange(min=1), help="Processes with the model, a worker; 1 or 2 unless given.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(min=1), help="Number of worker processes.")
+@click.option("--model-instances", type=click.IntRange(min=1), help="Model processes per worker; 1 or 2 by default.")
 @options.device
 @options.precision
 @options.trust_remote_code
 @options.trusted
-@click.option("--max-queue", default=32, show_default=True, type=click.IntRange(min=1), help="Most that wait, a worker.")
-@click.option("--max-body-bytes", default=20 << 20, show_default=True, type=click.IntRange(min=1), help="Largest body.")
+@click.option("--max-queue", default=32, show_default=True, type=click.IntRange(min=1),
+              help="Most waiting requests per worker.")  # fmt: skip
+@click.option("--max-body-bytes", default=20 << 20, show_default=True, type=click.IntRange(min=1),
+              help="Largest request body accepted.")  # fmt: skip
 @options.max_image_pixels
-@click.option("--request-seconds", default=60.0, show_default=True, type=click.FloatRange(min=0.1), help="Longest answer.")
+@click.option("--request-seconds", default=60.0, show_default=True, type=click.FloatRange(min=0.1),
+              help="Time limit for a request, in seconds.")  # fmt: skip
 def command(
     tag: str,
     host: str,
@@ -53,7 +56,7 @@ def command(
 ) -> None:
     """Serve a saved model over HTTP, until SIGTERM or Ctrl-C.
 
-    Where the environment variable BENTOML_DETECTRON_TOKEN is set, requests must bear it: 'Authorization: Bearer TOKEN'.
+    If the environment variable BENTOML_DETECTRON_TOKEN is set, requests must carry it: 'Authorization: Bearer TOKEN'.
 
     \b
     Example:
@@ -117,7 +120,7 @@ def _become_server(tag: str, host: str, port: int, workers: int, settings: Setti
 
     is_local = host == "::1" or host.startswith("127.")
     if not is_local and not os.environ.get(TOKEN_VARIABLE):
-        click.echo(f"note: whoever reaches {host} may use this server; set {TOKEN_VARIABLE} to ask for a token", err=True)
+        click.echo(f"note: anyone who can reach {host} can use this server; set {TOKEN_VARIABLE} to require a token", err=True)
     # The token stays in its own variable.
     fields = {name: value for name, value in asdict(settings).items() if name != "token"}
     os.environ[SERVED_VARIABLE] = json.dumps({"tag": tag, "workers": workers, "settings": fields})

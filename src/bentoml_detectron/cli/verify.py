@@ -11,11 +11,11 @@ from bentoml_detectron.cli import options
 
 @click.command("verify")
 @click.argument("tag")
-@click.option("--device", default="cpu", show_default=True, help="Where the self-test runs: cpu, cuda:0.")
+@click.option("--device", default="cpu", show_default=True, help="Device to run the self-test on, such as cpu or cuda:0.")
 @options.trust_remote_code
 @options.trusted
 def command(tag: str, device: str, trust_remote_code: bool, trusted: tuple[str, ...]) -> None:
-    """Check a saved model's files, weights and self-test. Exit status 1 where there is a problem.
+    """Check a saved model's files, weights and self-test. Exits with status 1 if there is a problem.
 
     \b
     Example:
