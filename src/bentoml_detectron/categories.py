@@ -47,14 +47,14 @@ def read(file: Path) -> Categories:
     except OSError as exc:
         raise InvalidArgumentError(f"{file} cannot be read ({exc.strerror}); {cure}", value=str(file)) from exc
     except ValueError as exc:
-        raise InvalidArgumentError(f"{file} is no JSON: {exc}; {cure}", value=str(file)) from exc
+        raise InvalidArgumentError(f"{file} is not JSON: {exc}; {cure}", value=str(file)) from exc
     listed = content.get("categories") if isinstance(content, dict) else None
     if not isinstance(listed, list) or not listed or not all(_is_category(each) for each in listed):
-        raise InvalidArgumentError(f"{file} has no categories, or some that are none; {cure}", value=str(file))
+        raise InvalidArgumentError(f"{file} has no valid list of categories; {cure}", value=str(file))
     ordered = sorted(listed, key=lambda each: each["id"])
     ids = tuple(each["id"] for each in ordered)
     if len(set(ids)) < len(ids):
-        raise InvalidArgumentError(f"{file} has two categories with one id; give each its own", value=ids)
+        raise InvalidArgumentError(f"{file} has two categories with the same id; give each its own", value=ids)
     are_things = tuple(bool(each.get("isthing", 1)) for each in ordered)
     return Categories(file, ids, tuple(each["name"] for each in ordered), are_things)
 
@@ -86,7 +86,7 @@ def register(categories: Categories, module: nn.Module, dataset: str | None) -> 
             known.set(**fields)
             return name
     raise InvalidArgumentError(
-        f"Detectron2 knows other classes as the datasets {dataset!r} and {stem!r}; rename {categories.file}",
+        f"Detectron2 already has other classes for the datasets {dataset!r} and {stem!r}; rename {categories.file}",
         value=str(categories.file),
     )
 
@@ -113,7 +113,7 @@ def _fields(categories: Categories, module: nn.Module) -> dict[str, Any]:
         fields["stuff_classes"] = ["things"] * first + fields["stuff_classes"]
     if not fields:
         raise InvalidArgumentError(
-            f"{type(module).__name__} has no classes that {categories.file} could name; leave --classes-from away",
+            f"{type(module).__name__} has no classes for {categories.file} to name; omit --classes-from",
             value=str(categories.file),
         )
     return fields
@@ -129,7 +129,7 @@ def _named(kind: str, chosen: list[tuple[int, str]], first: int = 0) -> dict[str
 def _check_count(categories: Categories, found: int, due: int, what: str) -> None:
     if found != due:
         raise InvalidArgumentError(
-            f"{categories.file} has {found} categories for the model's {due} {what}; give the file, or the config, that it "
-            "was trained with",
+            f"{categories.file} has {found} categories, but the model has {due} {what}; give the file, or the config, "
+            "that it was trained with",
             value=found,
         )

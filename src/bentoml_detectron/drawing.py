@@ -44,13 +44,13 @@ def draw(image: ImageLike, found: Detections, *, labels: bool = True) -> NDArray
     except ImportError as exc:
         raise DependencyMissingError(f"drawing needs supervision ({exc}): pip install 'bentoml-detectron[draw]'") from exc
     if not isinstance(found, Detections):
-        raise InvalidArgumentError(f"found is a {type(found).__name__}; give the Detections of one image", value=type(found))
+        raise InvalidArgumentError(f"found must be the Detections of one image, not {type(found).__name__}", value=type(found))
     height, width = found.image_size
     limits = images.Limits(max_pixels=max(height * width, images.DEFAULT_LIMITS.max_pixels))
     scene = np.array(images.load(image, limits), order="C")
     if scene.shape[:2] != found.image_size:
         raise InvalidArgumentError(
-            f"the image is {scene.shape[1]}x{scene.shape[0]}, the detections are on one of {width}x{height}; "
+            f"the image is {scene.shape[1]}x{scene.shape[0]}, but the detections are for one of {width}x{height}; "
             "draw on the image that they were found on",
             value=scene.shape[:2],
         )

@@ -222,7 +222,7 @@ class WeightsMismatchError(InvalidModelError):
         lines = [message]
         lines += [f"  missing: {name}" for name in self.missing]
         lines += [f"  unexpected: {name}" for name in self.unexpected]
-        lines += [f"  misshaped: {name} is {found}, should be {due}" for name, (found, due) in self.misshaped.items()]
+        lines += [f"  misshaped: {name} has shape {found}, expected {due}" for name, (found, due) in self.misshaped.items()]
         super().__init__("\n".join(lines), file=file)
 
 

@@ -81,5 +81,5 @@ def fastest(model: nn.Module, image_input: Input, calibration: Calibration | Non
             seconds[each].append(time.perf_counter() - start)
     medians = {each: statistics.median(found[1:]) for each, found in seconds.items() if found}  # the first makes kernels
     best = min(medians, key=lambda each: medians[each], default=candidates[0])
-    logger.info("the fastest is %s; seconds by precision: %s", best, medians)
+    logger.info("the fastest precision is %s; seconds by precision: %s", best, medians)
     return Chosen(best, views[best], medians)

@@ -54,15 +54,15 @@ class Remote:
             InvalidArgumentError: (``ValueError``) The URL is none, or a number is out of range.
         """
         if not url.startswith(("http://", "https://")):
-            raise InvalidArgumentError(f"{url!r} is no URL of a service; give one as http://127.0.0.1:3000", value=url)
+            raise InvalidArgumentError(f"{url!r} is not the URL of a service; give one, as http://127.0.0.1:3000", value=url)
         if connections < 1 or patience <= 0:
             raise InvalidArgumentError(
-                f"connections={connections}, patience={patience}; give 1 or more, and seconds above 0",
+                f"connections={connections}, patience={patience}; they must be at least 1, and more than 0 seconds",
                 value=(connections, patience),
             )
         if token and not _SENDABLE.fullmatch(token):  # and not in a message, which may be in a log
             raise InvalidArgumentError(
-                "the token cannot be sent in a header, as with a line's end; give plain letters and digits"
+                "the token cannot be sent in a header, perhaps because of a line break; use only ASCII letters and digits"
             )
         self.url = url.rstrip("/")
         self._connections = connections
@@ -94,7 +94,7 @@ class Remote:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or not isinstance(found.get("tag"), str):
-            raise InvalidArgumentError(f"{self.url} is no service of bentoml-detectron: {answer.text!r:.80}", value=self.url)
+            raise InvalidArgumentError(f"{self.url} is not a bentoml-detectron service: {answer.text!r:.80}", value=self.url)
         return found
 
     def predict(self, images: Iterable[str | os.PathLike[str]]) -> Iterator[Detections]:
@@ -127,12 +127,12 @@ class Remote:
         try:
             content = path.read_bytes()
         except OSError as exc:
-            raise ImageError(f"cannot read {path} ({exc.strerror}); give an image that can be read", value=str(path)) from exc
+            raise ImageError(f"cannot read {path} ({exc.strerror}); give a readable image", value=str(path)) from exc
         answer = self._answer("POST", "/predict", stop, content, path)
         try:
             return Detections.from_json(answer.content)
         except InvalidArgumentError as exc:
-            raise InvalidArgumentError(f"{self.url} is no service of bentoml-detectron: {exc}", value=self.url) from exc
+            raise InvalidArgumentError(f"{self.url} is not a bentoml-detectron service: {exc}", value=self.url) from exc
 
     def _answer(
         self, method: str, path: str, stop: threading.Event, content: bytes | None = None, file: Path | None = None
@@ -156,7 +156,7 @@ class Remote:
                 raise InvalidArgumentError(f"nothing answers at {self.url} ({exc}); start the service, or give another URL",
                                            value=self.url) from exc  # fmt: skip
             except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as exc:
-                raise InvalidArgumentError(f"{self.url!r} is no URL of a service: {exc}", value=self.url) from exc
+                raise InvalidArgumentError(f"{self.url!r} is not the URL of a service: {exc}", value=self.url) from exc
             except httpx.RequestError as exc:  # a worker that ends closes its connections
                 reason = f"the connection to {self.url} failed: {exc or type(exc).__name__}"
             else:
@@ -169,16 +169,17 @@ class Remote:
             if time.monotonic() + pause > deadline or stop.wait(pause):
                 what = "" if file is None else f"{file.name}: "
                 raise OverloadedError(
-                    f"{what}{reason} (for {self._patience:g} seconds); give the service more time, or workers", value=self.url
+                    f"{what}{reason} (for {self._patience:g} seconds); wait longer, or start the service with more workers",
+                    value=self.url,
                 )
 
     def _refused(self, status: int, reason: str, file: Path | None) -> InvalidArgumentError:
         if status == HTTPStatus.UNAUTHORIZED:
-            return InvalidArgumentError(f"{self.url} asks for another token: set {TOKEN_VARIABLE}, or give token",
+            return InvalidArgumentError(f"{self.url} requires a different token: set {TOKEN_VARIABLE}, or pass token=",
                                         value=self.url)  # fmt: skip
         if file is None or status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
-            return InvalidArgumentError(f"{self.url} is no service of bentoml-detectron: status {status}", value=self.url)
-        return ImageError(f"{file}: the service answers {status}, {reason}", value=str(file))
+            return InvalidArgumentError(f"{self.url} is not a bentoml-detectron service: status {status}", value=self.url)
+        return ImageError(f"{file}: the service answered {status}, {reason}", value=str(file))
 
 
 def _said(answer: httpx.Response) -> str:

@@ -19,8 +19,8 @@ CUSTOM_OBJECTS = "custom_objects.pkl"
 
 _OPCODES = pickles.COMMON | {"EMPTY_SET", "ADDITEMS", "FROZENSET", "STACK_GLOBAL", "NEWOBJ"}
 _CURE = (
-    "Only a config and plain containers are read from a pickle. If you trust the model, load it with BentoML's own adapter "
-    "(BENTOML_DETECTRON_PLUG=0), and save it with this package without those custom objects"
+    "Only a config and plain containers are unpickled. If you trust the model, load it with BentoML's own adapter "
+    "(BENTOML_DETECTRON_PLUG=0), then save it with this package, without those custom objects"
 )
 
 
@@ -42,7 +42,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 
 
 def _refuse(what: object) -> NoReturn:
-    raise UnsafeFileError(f"{CUSTOM_OBJECTS} asks for {what}", file=CUSTOM_OBJECTS, value=what)
+    raise UnsafeFileError(f"{CUSTOM_OBJECTS} refers to {what}", file=CUSTOM_OBJECTS, value=what)
 
 
 class _InertUnpickler(pickle.Unpickler):

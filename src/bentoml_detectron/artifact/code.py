@@ -53,7 +53,7 @@ def write(folder: Path, modules: Sequence[ModuleType]) -> list[str]:
     if sum(map(len, sources.values())) > MAX_BYTES:
         raise InvalidArgumentError(
             f"the source of {', '.join(names)} is larger than {MAX_BYTES:,} bytes; install it as a distribution instead and "
-            "load the model with trusted=[...]",
+            "load the model with --trusted MODULE (trusted=[...])",
             value=names,
         )
     if left := sorted({each for each in _imported(sources) - {_top(name) for name in names} if not is_installed(each)}):
@@ -136,14 +136,14 @@ def _is_name(name: str) -> bool:
 def _checked(module: object) -> str:
     name = getattr(module, "__name__", None)
     if not isinstance(module, ModuleType) or not isinstance(name, str):
-        raise InvalidArgumentError(f"external_modules holds {module!r}; give modules, as imported", value=module)
+        raise InvalidArgumentError(f"external_modules holds {module!r}; pass imported modules", value=module)
     if name in ("__main__", "__mp_main__") or not _is_name(name):
         raise InvalidArgumentError(
-            f"external_modules holds {name}, which another process cannot import; put the code into a module of its own",
+            f"external_modules holds {name}, which another process cannot import; move the code into a module of its own",
             value=name,
         )
     if _top(name) in sys.stdlib_module_names:
-        raise InvalidArgumentError(f"external_modules holds {name}, which every Python has; leave it out", value=name)
+        raise InvalidArgumentError(f"external_modules holds {name}, which comes with Python; remove it", value=name)
     return name
 
 
@@ -158,8 +158,8 @@ def _sources(top: str) -> dict[str, bytes]:
         return dict(loader.sources)
     file = getattr(module, "__file__", None)
     if file is None or not file.endswith(".py") or not Path(file).is_file():
-        what = "is a folder without __init__.py" if hasattr(module, "__path__") and file is None else "is no .py file"
-        raise InvalidArgumentError(f"the module {top!r} has no source file to bring along: it {what}", value=top)
+        what = "is a folder without __init__.py" if hasattr(module, "__path__") and file is None else "is not a .py file"
+        raise InvalidArgumentError(f"the module {top!r} has no source file to bundle with the model: it {what}", value=top)
     path = Path(file)
     if path.name != "__init__.py":
         return {f"{top}.py": path.read_bytes()}
@@ -167,8 +167,8 @@ def _sources(top: str) -> dict[str, bytes]:
         inner = getattr(part, "__file__", None)
         if name.startswith(f"{top}.") and inner is not None and not inner.endswith(".py"):
             raise InvalidArgumentError(
-                f"{name} is compiled ({inner}), and a model brings only source along; install {top!r} as a distribution and "
-                "load the model with trusted=[...]",
+                f"{name} is compiled ({inner}), and only source code can be bundled; install {top!r} as a distribution and "
+                f"load the model with --trusted {top} (trusted=[{top!r}])",
                 value=name,
             )
     relative = [each.relative_to(path.parent) for each in sorted(path.parent.rglob("*.py"))]
@@ -208,7 +208,7 @@ def load(folder: Path, names: Sequence[str]) -> None:
                 import_module(name)
         except Exception as exc:  # it is code: anything can happen
             raise InvalidModelError(
-                f"importing {name}, which the model in {folder} brings along, failed: {exc!r}", file=ARCHIVE, value=name
+                f"importing {name}, which is bundled with the model in {folder}, failed: {exc!r}", file=ARCHIVE, value=name
             ) from exc
         finally:
             _finder.offered = before
@@ -241,14 +241,14 @@ def _check_present(folder: Path, top: str, sources: Sources) -> None:
     loader = getattr(sys.modules[top], "__loader__", None)
     if isinstance(loader, _Loader):
         raise InvalidModelError(
-            f"the model in {folder} brings another {top!r} along than the model of {loader.archive}, which this process has "
-            "loaded; load one of them in a process of its own",
+            f"the {top!r} bundled with the model in {folder} differs from the one in {loader.archive}, which this process has "
+            "already loaded; load one of the models in a process of its own",
             file=ARCHIVE,
             value=top,
         )
     warnings.warn(
-        f"this process has imported another {top!r} than the one that the model in {folder} brings along; the imported one is "
-        "used. verify() tells whether the model still finds the same",
+        f"this process has already imported a {top!r} that differs from the one bundled with the model in {folder}; the "
+        "imported one is used. verify() tells whether the model still gives the same results",
         stacklevel=6,  # the caller of load_model
     )
 
@@ -270,7 +270,7 @@ class _Loader(SourceLoader):
         try:
             return self.sources[str(path).removeprefix(f"{self.archive}/")]
         except KeyError:
-            raise OSError(f"{path!r} is not among the source that the model brought along") from None
+            raise OSError(f"{path!r} is not in the source code bundled with the model") from None
 
 
 class _Finder(MetaPathFinder):
@@ -302,4 +302,4 @@ def check_names(names: Sequence[str]) -> None:
     """
     for name in names:
         if not _is_name(name) or _top(name) in sys.stdlib_module_names:
-            raise InvalidModelError(f"{name!r} is no name of a module that a model could bring along", file=ARCHIVE, value=name)
+            raise InvalidModelError(f"{name!r} is not a valid name for a module bundled with a model", file=ARCHIVE, value=name)

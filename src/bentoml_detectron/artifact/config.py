@@ -75,13 +75,13 @@ def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[KeyPath]]:
         if isinstance(value, np.generic):
             value = value.item()
         if type(value) is int and value.bit_length() > 64:
-            raise InvalidArgumentError(f"config.{where} is a number of {value.bit_length()} bits; 64 are enough")
+            raise InvalidArgumentError(f"config.{where} is a number of {value.bit_length()} bits; the limit is 64")
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, Mapping):
             for key in value:
                 if type(key) is not str:
-                    raise InvalidArgumentError(f"a key under {where or 'its top'} is a {type(key).__name__}, not a string")
+                    raise InvalidArgumentError(f"a key under {where or 'its top'} must be a string, not {type(key).__name__}")
             return {key: copy(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             items = [copy(item, (*path, i)) for i, item in enumerate(value)]
@@ -89,8 +89,8 @@ def to_plain(cfg: Mapping[str, Any]) -> tuple[Plain, list[KeyPath]]:
                 tuples.append(path)
             return items
         raise InvalidArgumentError(
-            f"config.{where} is a {type(value).__name__}; a saved config holds str, int, float, bool, None, "
-            "lists, tuples and CfgNodes only; convert it",
+            f"config.{where} is of type {type(value).__name__}; a saved config can hold only str, int, float, bool, None, "
+            "lists, tuples and CfgNodes; convert it",
             value=value,
         )
 
@@ -113,7 +113,7 @@ def from_plain(plain: Plain, tuples: list[KeyPath] | list[list[str | int]]) -> C
                 parent = parent[step]
             parent[path[-1]] = tuple(parent[path[-1]])
         except (LookupError, TypeError) as exc:
-            raise InvalidModelError(f"the manifest names {list(path)!r} as a tuple; the config has none there") from exc
+            raise InvalidModelError(f"the manifest lists {list(path)!r} as a tuple, but the config has none there") from exc
     cfg = CfgNode(plain)
 
     def complete(node: CfgNode, defaults: CfgNode) -> None:
@@ -138,7 +138,7 @@ def read(folder: Path) -> Plain:
     """
     plain = plain_yaml.load(files.read_small(folder, CONFIG), CONFIG)
     if not isinstance(plain, dict):
-        raise CorruptFileError(f"{CONFIG} in {folder} holds a {type(plain).__name__}, not a mapping", file=CONFIG)
+        raise CorruptFileError(f"{CONFIG} in {folder} must hold a mapping, not {type(plain).__name__}", file=CONFIG)
     try:
         to_plain(plain)  # dates, sets and the like are safe, but no configuration
     except InvalidArgumentError as exc:
@@ -153,8 +153,8 @@ def input_of(cfg: CfgNode) -> Input:
     except ValidationError as exc:
         key = f"INPUT.{str(exc.errors()[0]['loc'][0]).upper()}"
         value = exc.errors()[0]["input"]
-        what = "a name" if key == "INPUT.FORMAT" else "a whole number of pixels"
-        raise InvalidModelError(f"the config's {key} is {value!r:.100}; it is {what}", value=value) from exc
+        what = "a string" if key == "INPUT.FORMAT" else "a whole number of pixels"
+        raise InvalidModelError(f"the config's {key} is {value!r:.100}; it must be {what}", value=value) from exc
 
 
 def dataset_of(cfg: CfgNode) -> Dataset | None:
@@ -189,7 +189,7 @@ def known_dataset(name: str) -> Dataset:
         try:
             Dataset.model_validate({"name": name, key: value})
         except ValidationError as exc:  # no reason not to save the model
-            warnings.warn(f"{key} of the dataset {name!r} is not kept with the model: {exc}", stacklevel=2)
+            warnings.warn(f"{key} of the dataset {name!r} is not saved with the model: {exc}", stacklevel=2)
         else:
             fields[key] = value
     return Dataset(name=name, **fields)
@@ -248,14 +248,15 @@ def import_entries(entries: list[Entry], trusted: Sequence[str] = (), carried: S
             continue  # from another place
         if is_trusted(entry.module, [name.partition(".")[0] for name in carried]) and not is_trusted(entry.module, trusted):
             raise UntrustedCodeError(
-                f"the model needs {entry.name!r} of the registry {entry.registry}, defined in {entry.module}, which it brings "
-                "along; if you trust who made the model, load it with trust_remote_code=True",
+                f"the model needs {entry.name!r} of the registry {entry.registry}, defined in {entry.module}, which is bundled "
+                "with it; if you trust whoever made the model, load it with --trust-remote-code (trust_remote_code=True)",
                 value=entry.module,
             )
         if not _DETECTRON2_MODULE.match(entry.module) and not is_trusted(entry.module, trusted):
             raise UntrustedCodeError(
                 f"the model needs {entry.name!r} of the registry {entry.registry}, defined in the module {entry.module!r}; "
-                f"if you trust that code, load the model with trusted=[{entry.module!r}], or import {entry.module} before",
+                f"if you trust that code, load the model with --trusted {entry.module} (trusted=[{entry.module!r}]), or import "
+                f"{entry.module} first",
                 value=entry.module,
             )
         try:

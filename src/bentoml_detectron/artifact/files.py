@@ -28,17 +28,17 @@ def open_inside(folder: Path, name: str) -> int:
         UnsafeFileError: The name leads elsewhere, or to something that is no regular file.
     """
     if name != os.path.basename(name) or name in ("", ".", ".."):  # noqa: PTH119 (a name, not a path)
-        raise UnsafeFileError(f"{name!r} is no name of a file of a saved model", file=name, value=name)
+        raise UnsafeFileError(f"{name!r} is not a valid file name in a saved model", file=name, value=name)
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CorruptFileError(f"{name} is missing from {folder}; save the model again", file=name) from None
     except OSError as exc:
         # ELOOP: the name is a symbolic link.
-        raise UnsafeFileError(f"{name} in {folder} is no plain file ({exc.strerror})", file=name) from exc
+        raise UnsafeFileError(f"{name} in {folder} is not a regular file ({exc.strerror})", file=name) from exc
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UnsafeFileError(f"{name} in {folder} is no regular file", file=name)
+        raise UnsafeFileError(f"{name} in {folder} is not a regular file", file=name)
     return descriptor
 
 

@@ -101,9 +101,9 @@ def _dataset(names: Sequence[str]) -> Dataset | None:
     dataset = config.first_known(names)
     if dataset is not None and not (dataset.thing_classes or dataset.stuff_classes):
         warnings.warn(
-            f"results will have no class names: none are known here for {', '.join(names)}, which the model's config names. "
-            "Register that dataset, and load it once (DatasetCatalog.get), or set them, as by "
-            f"MetadataCatalog.get({names[0]!r}).set(thing_classes=['cat', 'dog']), before you save",
+            f"results will have no class names: none are registered for {', '.join(names)}, the model's dataset in its config. "
+            "Before saving, register the dataset and load it once (DatasetCatalog.get), or set the names, for example with "
+            f"MetadataCatalog.get({names[0]!r}).set(thing_classes=['cat', 'dog'])",
             stacklevel=2,
         )
     return dataset
@@ -118,7 +118,7 @@ def write_parts(folder: Path, module: nn.Module, plain: config.Plain) -> None:
     """
     (folder / config.CONFIG).write_bytes(plain_yaml.dump(plain))
     if config.read(folder) != plain:
-        raise InvalidArgumentError("the config does not survive being written as YAML; keep it to finite plain values")
+        raise InvalidArgumentError("the config does not survive being written as YAML; use finite plain values only")
     weights.write(module, folder)
     weights.read(folder)
 
@@ -208,13 +208,13 @@ def open_saved(folder: Path, *, is_predictor: bool, trusted: Sequence[str] = (),
         manifest.check_file(folder, name, content)
     if is_predictor != (content.kind == "predictor"):
         raise InvalidModelError(
-            f"{manifest.MANIFEST} in {folder} says {content.kind!r}, model.yaml says _is_predictor={is_predictor}",
+            f"{manifest.MANIFEST} in {folder} says {content.kind!r}, but model.yaml says _is_predictor={is_predictor}",
             file=manifest.MANIFEST,
             value=content.kind,
         )
     if is_predictor and content.config == "lazy":
         raise InvalidModelError(
-            f"{manifest.MANIFEST} in {folder} says that a LazyConfig's model is a predictor, which only a CfgNode's can be",
+            f"{manifest.MANIFEST} in {folder} says that a LazyConfig's model is a predictor, but only a CfgNode's can be one",
             file=manifest.MANIFEST,
             value=content.kind,
         )
@@ -239,8 +239,8 @@ def _refuse_carried(plain: config.Plain, carried: Sequence[str], trusted: Sequen
     for target in lazy_build.targets(plain):
         if config.is_trusted(target, tops) and not config.is_trusted(target, trusted):
             raise UntrustedCodeError(
-                f"the model needs {target}, which it brings along; if you trust who made the model, load it with "
-                "trust_remote_code=True",
+                f"the model needs {target}, which is bundled with it; if you trust whoever made the model, load it with "
+                "--trust-remote-code (trust_remote_code=True)",
                 file=config.CONFIG,
                 value=target,
             )
@@ -276,9 +276,9 @@ def _warn_of_other_weights(state: weights.State, source: object) -> None:
     if differ is False:
         return
     what = "differ from" if differ else "could not be compared with"
-    where = repr(source) if source else "the random ones"
+    where = repr(source) if source else "the random weights"
     warnings.warn(
-        f"this model was saved by BentoML's own adapter; its stored weights, which are used now, {what} {where}, which that "
+        f"this model was saved by BentoML's own adapter; its stored weights, which are now used, {what} {where}, which that "
         "adapter would have used. Check its predictions, then save it again with this package.",
         stacklevel=5,  # the caller of load_model
     )

@@ -43,8 +43,8 @@ def model_node(config: object) -> Mapping[str, Any]:
         if isinstance(node, Mapping) and "_target_" in node:
             return node
     raise InvalidArgumentError(
-        f"config is a {type(config).__name__} without a '_target_', or a 'model' with one; give the whole LazyConfig or its "
-        "model, as LazyConfig.load(file) or LazyConfig.load(file).model",
+        f"config is of type {type(config).__name__} and has neither a '_target_' nor a 'model' with one; give the whole "
+        "LazyConfig or its model, as LazyConfig.load(file) or LazyConfig.load(file).model",
         value=config,
     )
 
@@ -81,7 +81,7 @@ class _Copier:
         if isinstance(value, np.generic):
             value = value.item()
         if type(value) is int and value.bit_length() > 64:
-            raise InvalidArgumentError(f"{_spell(path)} is a number of {value.bit_length()} bits; 64 are enough")
+            raise InvalidArgumentError(f"{_spell(path)} is a number of {value.bit_length()} bits; the limit is 64")
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, Mapping):
@@ -95,7 +95,7 @@ class _Copier:
     def _mapping(self, value: Mapping[Any, Any], path: KeyPath) -> Plain:
         for key in value:
             if type(key) is not str:
-                raise InvalidArgumentError(f"a key of {_spell(path)} is a {type(key).__name__}, not a string", value=key)
+                raise InvalidArgumentError(f"a key of {_spell(path)} must be a string, not {type(key).__name__}", value=key)
         items = {key: _resolved(value, key, path) for key in value}
         if "_target_" not in items:
             # OmegaConf makes a node of a dataclass's instance.
@@ -126,14 +126,14 @@ class _Copier:
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
             return self._call(type(value), (), fields, path)
         raise InvalidArgumentError(
-            f"{_spell(path)} is a {type(value).__name__}, which plain data cannot say; give numbers, strings, lists and "
-            "mappings, classes and functions by themselves, and every other object as the LazyCall that makes it",
+            f"{_spell(path)} is of type {type(value).__name__}, which cannot be saved as plain data; use numbers, strings, "
+            "lists and mappings, classes and functions themselves, and for any other object the LazyCall that creates it",
             value=value,
         )
 
     def _call(self, target: Any, args: Sequence[Any], keywords: Mapping[str, Any], path: KeyPath) -> Plain:
         if clash := set(keywords) & set(CALL_KEYS):
-            raise InvalidArgumentError(f"{_spell(path)} has an argument {min(clash)!r}, which has a meaning of its own here")
+            raise InvalidArgumentError(f"{_spell(path)} has an argument {min(clash)!r}, a name that is reserved here")
         call: Plain = {"_target_": _name_of(target, path)}
         if args:
             call["_args_"] = [self.copy(item, (*path, "_args_", i)) for i, item in enumerate(args)]
@@ -160,8 +160,8 @@ def _name_of(value: Any, path: KeyPath) -> str:
             found = locate(name)[0]
     if found is None or found != value:
         raise InvalidArgumentError(
-            f"{_spell(path)} is {reprlib.repr(value)}, which no other process finds as {name}; define it at the top of a "
-            "module that can be imported, not in __main__ or in the config's file, and write "
+            f"{_spell(path)} is {reprlib.repr(value)}, which another process cannot import as {name}; define it at the top of "
+            "a module that can be imported, not in __main__ or in the config's file, and write "
             "functools.partial(function, argument=...) in place of a lambda",
             value=value,
         )
@@ -238,8 +238,8 @@ def input_of(config: object) -> Input:
             short, longest = sizes[0]
         else:
             warnings.warn(
-                "the config's dataloader.test.mapper.augmentations is not one ResizeShortestEdge to one length; the saved "
-                f"model says that images are resized to {short} pixels, at most {longest}",
+                "the config's dataloader.test.mapper.augmentations is not a single ResizeShortestEdge to one length; "
+                f"the saved model will resize images to {short} pixels, at most {longest}",
                 stacklevel=2,
             )
     return Input(format=image_format if isinstance(image_format, str) else "BGR", min_size_test=short, max_size_test=longest)

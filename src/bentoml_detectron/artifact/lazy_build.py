@@ -82,7 +82,7 @@ def build(plain: Plain, tuples: Iterable[Sequence[str | int]] = (), *, trusted: 
     paths = {tuple(path) for path in tuples}
     built = _build(plain, (), found, paths)
     if paths:
-        raise InvalidModelError(f"the manifest names {list(min(paths, key=repr))!r} as a tuple; the config has none there")
+        raise InvalidModelError(f"the manifest lists {list(min(paths, key=repr))!r} as a tuple, but the config has none there")
     return built
 
 
@@ -121,12 +121,12 @@ def _checked(call: Plain) -> str:
         name = call.get("path")
         if call.keys() != {"_target_", "path"}:
             raise InvalidModelError(
-                f"the config's {GET_OBJECT} has the arguments {reprlib.repr(call)}; it takes a path", value=name
+                f"the config's {GET_OBJECT} has the arguments {reprlib.repr(call)}; it takes only a path", value=name
             )
     if not isinstance(name, str) or not DOTTED.match(name):
-        raise UnsafeFileError(f"the config calls {reprlib.repr(name)}, which is no dotted name of code", value=name)
+        raise UnsafeFileError(f"the config calls {reprlib.repr(name)}, which is not a dotted name", value=name)
     if type(call.get("_args_", [])) is not list or type(call.get("_partial_", False)) is not bool:
-        raise InvalidModelError(f"the config's call of {name} has _args_ that are no list, or a _partial_ that is no bool")
+        raise InvalidModelError(f"the config's call of {name} must have a list as _args_ and a bool as _partial_")
     return name
 
 
@@ -155,8 +155,9 @@ def _package_of(name: str, trusted: Sequence[str]) -> str:
 
 def _unsafe(name: str) -> UntrustedCodeError:
     return UntrustedCodeError(
-        f"the config names {name}, which is not among what models of Detectron2 are built of; nothing of it was run. "
-        f"If you trust that code, pass trusted=[{name.rpartition('.')[0]!r}]",
+        f"the config names {name}, which is not one of the parts that Detectron2 models are built from; none of it was run. "
+        f"If you trust that code, load the model with --trusted {name.rpartition('.')[0]} "
+        f"(trusted=[{name.rpartition('.')[0]!r}])",
         value=name,
     )
 
@@ -174,13 +175,13 @@ def _admitted(name: str, trusted: Sequence[str]) -> Any:
     try:
         found, qualname = locate(name)
     except Exception as exc:  # importing runs code: anything can happen
-        raise UnknownEntryError(f"the config needs {name}, which cannot be found here: {exc!r}", value=name) from exc
+        raise UnknownEntryError(f"the config needs {name}, which cannot be imported: {exc!r}", value=name) from exc
     defined = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
     # What a module merely imported, and all that is reached through that, is defined under another name.
     if not callable(found) or getattr(found, "__qualname__", None) != qualname or _below(defined, [package]) is None:
         raise UnsafeFileError(
-            f"the config names {name}, but no class or function is defined there, only {reprlib.repr(found)} is found; nothing "
-            "of it was run. Name code by the module that defines it",
+            f"the config names {name}, but this is {reprlib.repr(found)}, not a class or function defined there; none of it "
+            "was run. Name code by the module that defines it",
             value=name,
         )
     if _below(defined, trusted) is None:

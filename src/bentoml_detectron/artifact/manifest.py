@@ -163,18 +163,18 @@ def read(folder: Path) -> Manifest:
         raise CorruptFileError(f"{MANIFEST} in {folder} is damaged ({reason}); save the model again", file=MANIFEST) from exc
     if not intact:
         raise CorruptFileError(
-            f"{MANIFEST} in {folder} is damaged: its digest is not its own; save the model again", file=MANIFEST
+            f"{MANIFEST} in {folder} is damaged: its content does not match its digest; save the model again", file=MANIFEST
         )
     if isinstance(content.get("format"), int) and content["format"] > FORMAT:
         raise UnsupportedFormatError(
-            f"{folder} has format {content['format']}, this bentoml-detectron reads up to {FORMAT}; upgrade it",
+            f"{folder} has format {content['format']}, but this bentoml-detectron reads up to {FORMAT}; upgrade it",
             file=MANIFEST,
             value=content["format"],
         )
     try:
         return Manifest.model_validate(content)
     except ValidationError as exc:
-        raise CorruptFileError(f"{MANIFEST} in {folder} is no manifest: {exc}", file=MANIFEST) from exc
+        raise CorruptFileError(f"{MANIFEST} in {folder} is not a valid manifest: {exc}", file=MANIFEST) from exc
 
 
 def record(folder: Path, name: str) -> FileRecord:
@@ -194,5 +194,5 @@ def check_file(folder: Path, name: str, manifest: Manifest) -> None:
         raise CorruptFileError(f"{MANIFEST} in {folder} does not list {name}", file=name)
     if files.size(folder, name) != due.size or files.checksum(folder, name) != due.xxh3_128:
         raise CorruptFileError(
-            f"{name} in {folder} is damaged: its content is not what was saved; save the model again", file=name
+            f"{name} in {folder} is damaged: its content differs from what was saved; save the model again", file=name
         )

@@ -84,7 +84,7 @@ class Inert:
         return self._function(*args)
 
     def __setstate__(self, state: Any) -> NoReturn:
-        raise ValueError("a function is given a state")
+        raise ValueError("a function has a state")
 
 
 class _Value:
@@ -114,7 +114,7 @@ def check(content: bytes | mmap, file: str, opcodes: frozenset[str], is_known: C
     """
 
     def refuse(what: object) -> NoReturn:
-        raise UnsafeFileError(f"{file} holds a pickle with {what}, which no saved model has", file=file, value=what)
+        raise UnsafeFileError(f"{file} holds a pickle with {what}, which a saved model never has", file=file, value=what)
 
     stack: list[_Value | None] = []  # None is a mark
     memo: dict[int, _Value | None] = {}
@@ -129,7 +129,7 @@ def check(content: bytes | mmap, file: str, opcodes: frozenset[str], is_known: C
         for _ in range(opcode.lines):
             position = content.find(b"\n", position) + 1  # what is mapped has no index()
             if not position:
-                raise ValueError("a line without an end")
+                raise ValueError("an unterminated line")
         name = opcode.name
         count += 1
         if name not in opcodes:
@@ -166,22 +166,22 @@ def check(content: bytes | mmap, file: str, opcodes: frozenset[str], is_known: C
                 taken.append(value)
         for _ in range(opcode.takes):
             if (value := stack.pop()) is None:
-                raise ValueError("a mark where a value is due")
+                raise ValueError("a mark where a value is expected")
             taken.append(value)
         # The last one taken is what grows; before it, from the end, each value has its key.
         if opcode.keys and any(key.parts > 1 for key in taken[1::2]):
-            refuse("a key that is no plain value")
+            refuse("a key that is not a plain value")
         result = taken.pop() if opcode.grows else _Value()
         if opcode.grows and taken and result.is_inside:
-            refuse("a container that grows where it is inside another")
+            refuse("a container that is modified after it was put into another")
         for value in taken:
             value.is_inside = True
             result.parts += value.parts
             result.depth = max(result.depth, value.depth + 1)
         if result.parts > MAX_UNFOLDED:
-            refuse("values that unfold without end")
+            refuse("values that expand without limit")
         if result.depth > MAX_DEPTH:
-            refuse(f"more than {MAX_DEPTH} containers inside each other")
+            refuse(f"more than {MAX_DEPTH} levels of nested containers")
         if opcode.leaves:
             stack.append(result)
     if position != len(content):

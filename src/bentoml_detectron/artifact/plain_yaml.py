@@ -75,7 +75,7 @@ def check(text: bytes, file: str, *, aliases: int = 0, tags: frozenset[str] = fr
             if found:
                 raise UnsafeFileError(f"{file} holds {found}", file=file, value=found)
     except yaml.YAMLError as exc:
-        raise CorruptFileError(f"{file} is no YAML: {exc}", file=file) from exc
+        raise CorruptFileError(f"{file} is not YAML: {exc}", file=file) from exc
 
 
 def _offence(event: Any, tags: frozenset[str], aliases: int, may_have_base: bool) -> str | None:
@@ -87,7 +87,7 @@ def _offence(event: Any, tags: frozenset[str], aliases: int, may_have_base: bool
     if not isinstance(event, yaml.ScalarEvent):
         return None
     if event.value == "_BASE_" and not may_have_base:
-        return "_BASE_, which would read another file"
+        return "_BASE_, which would load another file"
     if event.implicit[0] and (len(event.value) > _MAX_PLAIN or _BASE_60.match(event.value)):
-        return f"the unquoted value {event.value[:50]!r}..., too long or a number to base 60"
+        return f"the unquoted value {event.value[:50]!r}..., too long or a base-60 number"
     return None

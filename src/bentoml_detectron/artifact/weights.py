@@ -70,7 +70,7 @@ def read(folder: Path, name: str = WEIGHTS) -> State:
     checkpoint = _checkpoint(folder, name)
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
-        raise CorruptFileError(f"{name} in {folder} is no checkpoint: it has no 'model'", file=name)
+        raise CorruptFileError(f"{name} in {folder} is not a checkpoint: it has no 'model'", file=name)
     _check_tensors(state, folder, name)
     return state
 
@@ -87,11 +87,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     checkpoint = _checkpoint(path.parent, path.name)
     if not isinstance(checkpoint, dict):
-        raise CorruptFileError(f"{path} holds a {type(checkpoint).__name__}, not a state dict", file=path.name)
+        raise CorruptFileError(f"{path} must hold a state dict, not {type(checkpoint).__name__}", file=path.name)
     if "model" not in checkpoint:
         checkpoint = {"model": checkpoint}
     if not isinstance(checkpoint["model"], dict):
-        raise CorruptFileError(f"{path} is no checkpoint: its 'model' is no state dict", file=path.name)
+        raise CorruptFileError(f"{path} is not a checkpoint: its 'model' is not a state dict", file=path.name)
     _check_tensors(checkpoint["model"], path.parent, path.name)
     return checkpoint
 
@@ -110,7 +110,9 @@ def _checkpoint(folder: Path, name: str) -> Any:
         except _NotPlainError as exc:
             raise UnsafeFileError(f"{name} in {folder} holds {exc}", file=name) from exc
         except Exception as exc:  # a damaged file fails in whatever way its bytes lead to
-            raise CorruptFileError(f"{name} in {folder} is no checkpoint of PyTorch 1.6 or later: {exc!r}", file=name) from exc
+            raise CorruptFileError(
+                f"{name} in {folder} is not a checkpoint of PyTorch 1.6 or later: {exc!r}", file=name
+            ) from exc
     return checkpoint
 
 
@@ -118,7 +120,7 @@ def _check_tensors(state: dict[Any, Any], folder: Path, name: str) -> None:
     for key, value in state.items():
         if type(key) is not str or not isinstance(value, torch.Tensor):
             label = key[:200] if isinstance(key, str) else type(key).__name__
-            raise UnsafeFileError(f"{name} in {folder}: {label!r} is a {type(value).__name__}, not a tensor", file=name)
+            raise UnsafeFileError(f"{name} in {folder}: {label!r} must be a tensor, not {type(value).__name__}", file=name)
 
 
 def _members(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -133,14 +135,16 @@ def _members(archive: zipfile.ZipFile, file: IO[bytes], name: str) -> tuple[byte
         if inner.endswith(".pkl"):
             structures.append(member)
         elif inner == "byteorder" and archive.read(member) != sys.byteorder.encode():
-            raise ValueError("it was written on a machine of another byte order")
+            raise ValueError("it was written on a machine with a different byte order")
         elif inner.startswith("data/"):
             file.seek(member.header_offset)
             header = struct.unpack("<4s5H3L2H", file.read(30))
             start = member.header_offset + 30 + header[-2] + header[-1]
             records[inner[5:]] = start, member.file_size
     if len(structures) != 1 or structures[0].file_size > PICKLE_LIMIT:
-        raise UnsafeFileError(f"{name} has {len(structures)} pickles, or one over {PICKLE_LIMIT:,} bytes", file=name)
+        raise UnsafeFileError(
+            f"{name} has {len(structures)} pickles; it must have one, of at most {PICKLE_LIMIT:,} bytes", file=name
+        )
     return archive.read(structures[0]), records
 
 
@@ -175,7 +179,7 @@ def _tensor(
 ) -> torch.Tensor:
     """Stands for ``torch._utils._rebuild_tensor_v2``: a view of a record that the record has the bytes for."""
     if not isinstance(record, _Values) or metadata:
-        raise _NotPlainError("no plain tensor")
+        raise _NotPlainError("something other than a plain tensor")
     numbers = (offset, *size, *stride)
     if any(type(number) is not int or not 0 <= number < 2**48 for number in numbers) or len(size) != len(stride):
         raise _NotPlainError(f"a tensor of size {size} and stride {stride}")
@@ -216,10 +220,10 @@ class _Reader(pickle.Unpickler):
         if key not in self.seen:
             start, length = self.records[key]
             if not isinstance(dtype, torch.dtype) or start % dtype.itemsize or start + length > self.mapped.nbytes():
-                raise _NotPlainError(f"the record {key!r}, which is none")
+                raise _NotPlainError(f"the invalid record {key!r}")
             self.seen[key] = _Values(self.mapped[start : start + length], dtype)
         if self.seen[key].dtype != dtype:
-            raise _NotPlainError(f"the record {key!r} as two kinds of numbers")
+            raise _NotPlainError(f"the record {key!r} with two different dtypes")
         return self.seen[key]
 
 
@@ -238,7 +242,7 @@ def _check_layout(file: IO[bytes]) -> None:
         record = struct.unpack("<4sQ2H2L4Q", tail[:56])
         ends_at = size - 98
         if record[0] != b"PK\6\6" or struct.unpack("<4sLQL", tail[-42:-22])[2] != ends_at:
-            raise ValueError("its 64-bit directory is not where it should be")
+            raise ValueError("its zip64 directory is not where it should be")
         for short, full in ((length, record[8]), (offset, record[9])):
             if short not in (full, 0xFFFFFFFF):
                 raise ValueError("its two end records differ")
@@ -271,7 +275,7 @@ def check(state: Mapping[str, Any], module: nn.Module, message: str, file: str |
     unexpected = [key for key in state if key not in due and not is_optional(key)]
     for key in due:
         if key in state and isinstance(due[key], torch.Tensor) and _kind(state[key]) != _kind(due[key]):
-            raise WeightsMismatchError(f"{message}: {key} is {state[key].dtype}, should be {due[key].dtype}", file=file)
+            raise WeightsMismatchError(f"{message}: {key} is {state[key].dtype}, but should be {due[key].dtype}", file=file)
     misshaped = {
         key: (tuple(state[key].shape), tuple(due[key].shape))
         for key in due

@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
         except Exception as exc:  # a damaged file fails in whatever way its bytes lead to
             raise CorruptFileError(f"{path} cannot be read as pickled arrays: {exc!r}", file=path.name) from exc
     if not isinstance(loaded, dict):
-        raise CorruptFileError(f"{path} holds a {type(loaded).__name__}, not arrays by name", file=path.name)
+        raise CorruptFileError(f"{path} must hold a dict of named arrays, not {type(loaded).__name__}", file=path.name)
     if "model" in loaded and "__author__" in loaded:
         author, arrays, heuristics = loaded["__author__"], loaded["model"], loaded.get("matching_heuristics", False) is True
     else:
@@ -91,7 +91,7 @@ def _plain(arrays: Any, path: Path) -> dict[str, NDArray[Any]]:
         array = value.array if isinstance(value, _Array) else None
         if type(key) is not str or array is None:
             label = key[:200] if isinstance(key, str) else type(key).__name__
-            raise UnsafeFileError(f"{path}: {label!r} is no array of numbers", file=path.name, value=label)
+            raise UnsafeFileError(f"{path}: {label!r} is not an array of numbers", file=path.name, value=label)
         found[key] = array
     return found
 
@@ -107,7 +107,7 @@ class _DType:
     def __setstate__(self, state: Any) -> None:
         _, order, *parts = state
         if order not in _ORDERS or any(each is not None for each in parts[:3]):
-            raise _NotPlainError("arrays of structures")
+            raise _NotPlainError("arrays of structured values")
         if order in "<>":
             self.dtype = self.dtype.newbyteorder(order)
 
@@ -156,11 +156,11 @@ class _Reader(pickle.Unpickler):
             self._spend(len(values))
             values = values.encode("latin1")
         if not isinstance(values, (bytes, bytearray)) or not isinstance(dtype, _DType) or order not in ("C", "F"):
-            raise _NotPlainError("no plain array")
+            raise _NotPlainError("something other than a plain array")
         if type(shape) is not tuple or any(type(size) is not int or not 0 <= size < 2**48 for size in shape):
-            raise _NotPlainError("an array whose shape is none")
+            raise _NotPlainError("an array with an invalid shape")
         if math.prod(shape) * dtype.dtype.itemsize != len(values):
-            raise _NotPlainError(f"an array of shape {shape!r}, for which it has {len(values)} bytes"[:200])
+            raise _NotPlainError(f"an array of shape {shape!r}, but only {len(values)} bytes for it"[:200])
         self._spend(len(values))
         array = np.frombuffer(values, dtype.dtype).reshape(shape, order=order)
         return array.astype(dtype.dtype.newbyteorder("="), order="C")
@@ -168,21 +168,21 @@ class _Reader(pickle.Unpickler):
     def _spend(self, count: int) -> None:
         self._bytes_left -= count
         if self._bytes_left < 0:
-            raise _NotPlainError("arrays of more bytes than it has")
+            raise _NotPlainError("arrays larger than the file")
 
     def _encode(self, text: Any, encoding: Any) -> bytes:
         if type(text) is not str or encoding != "latin1":
-            raise _NotPlainError("an encoded text")
+            raise _NotPlainError("encoded text")
         self._spend(len(text))
         return text.encode("latin1")
 
     def _reconstruct(self, kind: Any, shape: Any, code: Any) -> _Array:
         if kind is not self._class:
-            raise _NotPlainError("no plain array")
+            raise _NotPlainError("something other than a plain array")
         return _Array(self)
 
     def _frombuffer(self, values: Any, dtype: Any, shape: Any, order: Any) -> _Array:
         return _Array(self, self.values(values, dtype, shape, order))
 
     def _no_call(self, *args: Any) -> NoReturn:
-        raise _NotPlainError("an array made without its bytes")
+        raise _NotPlainError("an array without its bytes")

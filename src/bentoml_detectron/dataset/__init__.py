@@ -106,7 +106,7 @@ def predict(
         )
     elif any(each is not None for each in (device_id, precision, limits)) or trust_remote_code or trusted:
         raise InvalidArgumentError(
-            "a Predictor has a device, a precision and limits already, and its code is loaded; give a tag, or leave these out"
+            "a Predictor already has a device, a precision and limits, and its code is loaded; give a tag, or omit these"
         )
     else:
         predictor = bento_model

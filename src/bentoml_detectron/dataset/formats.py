@@ -64,8 +64,8 @@ def named(path: Path, rows: str = "detection") -> str:
         return DETECTION_ROWS if rows == "detection" else IMAGE_ROWS
     if suffix not in _SUFFIXES or path.name in ("", "-"):
         raise InvalidArgumentError(
-            f"{str(path)!r} names no format; outputs end with .json (COCO results), .jsonl, .parquet, or with nothing (a "
-            "folder of annotated pictures)",
+            f"{str(path)!r} has an unknown extension; use .json (COCO results), .jsonl or .parquet, or none for a folder of "
+            "annotated images",
             value=str(path),
         )
     return _SUFFIXES[suffix]
@@ -152,7 +152,7 @@ class _Pictures:
         try:
             import supervision  # noqa: F401
         except ModuleNotFoundError as exc:
-            raise DependencyMissingError("pictures need supervision: pip install 'bentoml-detectron[draw]'") from exc
+            raise DependencyMissingError("annotated images need supervision: pip install 'bentoml-detectron[draw]'") from exc
 
     def piece(self, outcome: Prediction | Failure, position: int, image: str | bytes | None, path: Path) -> None:
         from PIL import Image

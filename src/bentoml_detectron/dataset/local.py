@@ -153,7 +153,7 @@ class _Rows:
             error.__cause__ = exc.__cause__
             return error
         self._next = (item.path, (item.row or 0) + 1)
-        return DamagedImageError("there is nothing in its row", value=item.file_name) if content is None else content
+        return DamagedImageError("its row holds no image", value=item.file_name) if content is None else content
 
 
 class _Health:
@@ -195,7 +195,7 @@ class _Health:
                 self.predictor.run([self._good])
                 return
         raise DetectronError(
-            f"the model works no more ({said}); what is finished is kept: see to that, and go on with --resume (resume=True)"
+            f"the model stopped working ({said}); finished work is kept: fix this, then continue with --resume (resume=True)"
         )
 
     def check_machine(self, error: DetectronError) -> None:
@@ -209,9 +209,9 @@ class _Health:
             return
         gone = cause.errno == errno.ENOENT and self.read is not None and not Path(self.read).exists()  # so is its storage
         if gone or cause.errno in _MACHINES:
-            also = f", and {self.read!r}, which was there, is gone" if gone else ""
+            also = f", and {self.read!r}, which was read before, is gone" if gone else ""
             raise DetectronError(
-                f"{reason(error)}{also}; what is finished is kept: see to that, and go on with --resume (resume=True)"
+                f"{reason(error)}{also}; finished work is kept: fix this, then continue with --resume (resume=True)"
             )
 
 
@@ -246,4 +246,4 @@ def _chunk(health: _Health, images: Iterator[_Waiting], clock: Clock, budget: in
 def _checked(result: Any) -> Detections | DetectronError:
     if isinstance(result, (Detections, DetectronError)):
         return result
-    return DetectronError(f"the model gives a {type(result).__name__}, which is no detections; use load_predictor")
+    return DetectronError(f"the model must give Detections, not {type(result).__name__}; load it with load_predictor")

@@ -36,7 +36,9 @@ _TRIES = 4  # of a chunk whose worker dies: Ray tries for ever, and an image tha
 _BETWEEN = b"\0"  # messages; one that has it, as of a key in Parquet, has something else there
 _AHEAD = 2  # chunks that a worker has: one to work on, and the next
 _REACH_SECONDS = 10.0
-_CURE = "start one with ray start --head, or give the address of one, as in --ray-address 10.0.0.1:6379"
+_CURE = (
+    "start one with ray start --head, or give the address of one, as --ray-address 10.0.0.1:6379 (ray_address='10.0.0.1:6379')"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class _Place:
 
         if self.version != __version__:
             raise DetectronError(
-                f"a worker has bentoml-detectron {__version__}, and the run {self.version}; install the same on all nodes"
+                f"a worker has bentoml-detectron {__version__}, but the run has {self.version}; install the same everywhere"
             )
         torch.set_num_threads(max(1, self.cpus))
         return loaded(work)
@@ -83,7 +85,7 @@ class Ray:
         if find_spec("ray") is None or find_spec("pandas") is None:
             raise DependencyMissingError("the engine 'ray' needs Ray Data: pip install 'bentoml-detectron[ray]'")
         if (address is not None and not address.rpartition(":")[2].isdigit()) or "://" in (address or ""):
-            raise InvalidArgumentError(f"ray_address is {address!r}; give HOST:PORT", value=address)
+            raise InvalidArgumentError(f"--ray-address (ray_address) is {address!r}; give HOST:PORT", value=address)
         if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
             raise InvalidArgumentError(f"ray_workers is {workers!r}; give 1 or more", value=workers)
         self._address, self._wanted = address, workers
@@ -99,7 +101,7 @@ class Ray:
             self._connected = True
         elif self._address not in (None, ray.get_runtime_context().gcs_address):
             raise InvalidArgumentError(
-                f"this process is connected to another cluster than {self._address!r}; call ray.shutdown() first",
+                f"this process is already connected to a cluster other than {self._address!r}; call ray.shutdown() first",
                 value=self._address,
             )
         return self
@@ -188,8 +190,8 @@ class _Worker:
         for path in filter(None, (self._work.folder, str(self._listing), self._witness)):
             if not os.access(path, os.R_OK):
                 raise DetectronError(
-                    f"the node {_node()} cannot read {path!r}, which the run's own can; all nodes need the same files at the "
-                    "same paths: see to that, and go on with --resume (resume=True)",
+                    f"the node {_node()} cannot read {path!r}, which the node that started the run can; all nodes need the "
+                    "same files at the same paths: fix this, then continue with --resume (resume=True)",
                     value=path,
                 )
 
@@ -197,9 +199,9 @@ class _Worker:
         with parts.trying(Path(self._work.folder), chunk.number, _TRIES) as may:
             if not may:
                 raise DetectronError(
-                    f"{_TRIES} workers died, one after the other, over the {len(chunk.items)} images from "
-                    f"{chunk.items[0].file_name!r} on; if a worker has too little memory, give the nodes fewer "
-                    "(--ray-workers), and go on with --resume (resume=True)",
+                    f"{_TRIES} workers in a row died on the {len(chunk.items)} images starting with "
+                    f"{chunk.items[0].file_name!r}; if they run out of memory, use fewer of them (--ray-workers, "
+                    "ray_workers=), then continue with --resume (resume=True)",
                     value=chunk.items[0].file_name,
                 )
             [done] = run(self._work, self._predictor, [chunk], clock)
@@ -268,7 +270,7 @@ def shares(nodes: Sequence[tuple[int, int]], wanted: int | None, *, with_gpu: bo
     workers = wanted or (most if with_gpu else len(usable))
     if not 0 < workers <= most:
         raise InvalidArgumentError(
-            f"the Ray cluster has {most} {what}, and {max(workers, 1)} workers need one each; start more nodes", value=wanted
+            f"the Ray cluster has {most} {what}, but {max(workers, 1)} workers need one each; start more nodes", value=wanted
         )
     most_on_one = -(-workers // len(usable))
     cpus = min(cpus for cpus, _ in usable) // most_on_one
@@ -330,7 +332,7 @@ def _one_error() -> Iterator[None]:
         yield
     except RayError as exc:
         raise DetectronError(
-            f"Ray gave up: {_line(exc)}; what is finished is kept: see to that, and go on with --resume (resume=True)"
+            f"Ray gave up: {_line(exc)}; finished work is kept: fix this, then continue with --resume (resume=True)"
         ) from exc
 
 

@@ -134,7 +134,7 @@ def _image_column(path: str, schema: pa.Schema, given: str | None) -> str:
     if len(fitting) != 1:
         raise InvalidArgumentError(
             f"{path!r} has {len(fitting) or 'no'} columns of bytes{f' named {given!r}' if given else ''} "
-            f"({', '.join(f'{field.name}: {field.type}' for field in schema):.300}); name the one of the images",
+            f"({', '.join(f'{field.name}: {field.type}' for field in schema):.300}); name the one with the images",
             value=fitting,
         )
     return str(fitting[0])

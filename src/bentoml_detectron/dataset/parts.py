@@ -44,8 +44,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         raise OutputError(
-            f"cannot write {str(exc.filename or path)!r}: {exc.strerror or exc}; what is finished is kept: see to that, and go "
-            "on with --resume (resume=True)",
+            f"cannot write {str(exc.filename or path)!r}: {exc.strerror or exc}; finished work is kept: fix this, "
+            "then continue with --resume (resume=True)",
             value=str(path),
         ) from exc
 
@@ -62,9 +62,11 @@ def held(outputs: Sequence[Path]) -> Iterator[list[Path]]:
     folders = [path.with_name(path.name + SUFFIX) for path in paths]
     for path in paths:
         if not path.parent.is_dir():
-            raise OutputError(f"there is no folder {str(path.parent)!r}; make it, or give another name", value=str(path))
+            raise OutputError(f"there is no folder {str(path.parent)!r}; create it, or give another name", value=str(path))
     if len({*folders}) < len(folders):
-        raise InvalidArgumentError("an output is named twice; give each another name", value=[str(each) for each in outputs])
+        raise InvalidArgumentError(
+            "an output is named twice; give each a different name", value=[str(each) for each in outputs]
+        )
     with ExitStack() as stack:
         for output, folder in zip(outputs, folders, strict=True):
             stack.enter_context(_locked(output, folder))
@@ -106,7 +108,7 @@ def _lock(output: Path, folder: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise OutputError(
-                f"another run writes {str(output)!r}; wait for it, or give another name", value=str(output)
+                f"another run is writing {str(output)!r}; wait for it to finish, or give another name", value=str(output)
             ) from None
         os.close(descriptor)
 
@@ -116,7 +118,9 @@ def _check_ours(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     is_begun = LOCK in names and not names.isdisjoint((PLAN, FINISHED))
     if not is_begun and (any(not _is_ours(name) for name in names) or (names and LOCK not in names)):
-        raise OutputError(f"{str(folder)!r} is there, and is of no run; move it, or give another name", value=str(folder))
+        raise OutputError(
+            f"{str(folder)!r} exists, but does not belong to a run; move it, or give another name", value=str(folder)
+        )
 
 
 def _is_ours(name: str) -> bool:
@@ -157,7 +161,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:
-        raise OutputError(f"{str(path)!r} cannot be read ({exc}); remove {str(path.parent)!r}", value=str(path)) from exc
+        raise OutputError(f"{str(path)!r} cannot be read ({exc}); delete {str(path.parent)!r}", value=str(path)) from exc
 
 
 class Listing:

@@ -41,7 +41,7 @@ class Prediction:
             row = orjson.loads(text)
             name, image_id, found = row["file_name"], row["image_id"], orjson.dumps(row["detections"])
         except (ValueError, KeyError, TypeError) as exc:
-            raise InvalidArgumentError(f"this is no line that a Prediction wrote: {exc!r}", value=text) from exc
+            raise InvalidArgumentError(f"not a line written by a Prediction: {exc!r}", value=text) from exc
         return cls(name, image_id, Detections.from_json(found))
 
 

@@ -166,7 +166,7 @@ def write(
 def _several(outputs: Source | Sequence[Source]) -> Sequence[Source]:
     found = [outputs] if isinstance(outputs, (str, os.PathLike)) else outputs
     if not found:
-        raise InvalidArgumentError("there is no output; give the path of one", value=outputs)
+        raise InvalidArgumentError("no output is given; give at least one path", value=outputs)
     return found
 
 
@@ -178,7 +178,9 @@ def _engine(name: str, ray_address: str | None, ray_workers: int | None) -> Engi
     if name != "local":
         raise InvalidArgumentError(f"engine is {name!r}; give 'local' or 'ray'", value=name)
     if ray_address is not None or ray_workers is not None:
-        raise InvalidArgumentError("an address and a number of workers are for --engine ray (engine='ray')", value=name)
+        raise InvalidArgumentError(
+            "--ray-address and --ray-workers (ray_address, ray_workers) need --engine ray (engine='ray')", value=name
+        )
     return Local()
 
 
@@ -215,18 +217,20 @@ class _Run:
             theirs = parts.read_json(folder / PLAN)
             if (theirs and theirs["outputs"] != self._names()) or (folder / FINISHED).exists():
                 raise OutputError(
-                    f"{str(folder)!r} is of an unfinished run with other outputs; finish it, or remove the folder"
+                    f"{str(folder)!r} belongs to an unfinished run with other outputs; finish that run, or delete the folder"
                 )
         if before is not None and not resume:
             raise OutputError(
-                f"an unfinished run is in {str(self._main)!r}; go on with --resume (resume=True), or remove the folder",
+                f"{str(self._main)!r} holds an unfinished run; continue it with --resume (resume=True), or delete the folder",
                 value=str(self._main),
             )
         if odd := [str(each) for each in self._outputs if each.exists() and not each.is_file() and not each.is_dir()]:
-            raise OutputError(f"{', '.join(odd)}: no regular file can appear there; give another name", value=odd)
+            raise OutputError(
+                f"{', '.join(odd)}: not a regular file or folder, so it cannot be replaced; give another name", value=odd
+            )
         there = [str(each) for each in self._outputs if os.path.lexists(each)]
         if there and not mark and not (resume and before is None and len(there) == len(self._outputs)):
-            raise OutputError(f"{', '.join(there)}: there already; remove it, or give another name", value=there)
+            raise OutputError(f"{', '.join(there)}: already exists; delete it, or give another name", value=there)
         return before, Report(**mark["report"]) if mark else None
 
     def _names(self) -> list[list[str]]:
@@ -301,7 +305,8 @@ class _Run:
             if os.path.lexists(folder / RESULT):
                 if os.path.lexists(output):
                     raise OutputError(
-                        f"{str(output)!r} has appeared meanwhile; remove it, and go on with --resume", value=output
+                        f"{str(output)!r} has appeared in the meantime; delete it, then continue with --resume (resume=True)",
+                        value=output,
                     )
                 (folder / RESULT).rename(output)
                 sync_folder(folder.parent)
@@ -316,10 +321,11 @@ def _check_same(before: dict[str, Any], plan: dict[str, Any], folder: Path) -> N
         OutputError: It is not.
     """
     changed = [name for name, value in plan.items() if before.get(name) != value]
-    other = [f"{name} was {before.get(name)!r:.100}, and is {plan[name]!r:.100}" for name in changed]
+    other = [f"{name} was {before.get(name)!r:.100}, but is now {plan[name]!r:.100}" for name in changed]
     if other:
         raise OutputError(
-            f"the unfinished run in {str(folder)!r} is another one: {'; '.join(other)}; give the same, or remove it",
+            f"the unfinished run in {str(folder)!r} is a different one: {'; '.join(other)}; use the same settings, or "
+            "delete it",
             value=other,
         )
 
@@ -334,21 +340,23 @@ def category_ids(classes: Classes | None, wanted: Options, categories: dict[str,
 
     names = (classes and classes.thing_classes) or []
     if not names and categories:
-        logger.warning("the model carries no class names, so its own ids stay, which may be others than the annotation file's")
+        logger.warning("the model has no class names, so its own ids are kept; they may differ from the annotation file's")
         return None
     kept = {index: name for index, name in enumerate(names) if wanted.things is None or index in wanted.things}
     known = {index: categories[name] for index, name in kept.items() if name in categories}
     if not known:
         if kept and categories:
-            logger.warning("no class of the model has the name of a category of the annotation file; the model's own ids stay")
+            logger.warning(
+                "no class of the model is named like a category in the annotation file; the model's own ids are kept"
+            )
         return None
     own = Names(classes).categories(np.array([*kept], np.int64))
     ids = dict(zip(kept, kept if own is None else own.tolist(), strict=True))
     lost = [name for index, name in kept.items() if index not in known and ids[index] in categories.values()]
     if lost:
         raise InvalidArgumentError(
-            f"the annotation file has no category for {', '.join(lost):.300}, and others have the ids of these classes; "
-            "name the classes that it has (--classes, classes=)",
+            f"the annotation file has no category for {', '.join(lost):.300}, and uses the ids of these classes for others; "
+            "select only classes that it has (--classes, classes=)",
             value=lost,
         )
     return known

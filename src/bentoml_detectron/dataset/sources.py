@@ -90,7 +90,7 @@ class Dataset:
             InvalidArgumentError: (``ValueError``) The source is neither.
         """
         if not isinstance(source, (str, os.PathLike, Iterable)):
-            raise InvalidArgumentError(f"the source is {source!r:.80}; give a path, or a list of paths", value=source)
+            raise InvalidArgumentError(f"the source is {source!r:.80}; give a path or a list of paths", value=source)
         self.categories: dict[str, int] | None = None
         self._given = [source] if isinstance(source, (str, os.PathLike)) else source
         self._root = image_root
@@ -114,19 +114,19 @@ class Dataset:
 
     def _of(self, given: object) -> Iterator[Item]:
         if not isinstance(given, (str, os.PathLike)):
-            raise InvalidArgumentError(f"a source is a {type(given).__name__}; give a path", value=given)
+            raise InvalidArgumentError(f"a source must be a path, not {type(given).__name__}", value=given)
         name = os.fspath(given)
         if self.categories is not None:
             raise _not_alone(name)
         if "://" in name or name[:5].lower() == "data:":
-            raise InvalidArgumentError(f"nothing is fetched; give a path, not {name[:80]!r}", value=name)
+            raise InvalidArgumentError(f"URLs are not supported; give a path, not {name[:80]!r}", value=name)
         if name == STDIN:
             return self._images(_lines())
         if os.path.lexists(name):
             found = self._existing(name)
             return _some(name, "no image", found) if Path(name).is_dir() else found
         if not glob.has_magic(name):
-            raise InvalidArgumentError(f"there is no {name!r}; give a file, a folder or a glob", value=name)
+            raise InvalidArgumentError(f"{name!r} does not exist; give a file, a folder or a glob", value=name)
         return _some(name, "nothing", (item for match in self._matches(name) for item in self._existing(match)))
 
     def _matches(self, pattern: str) -> Iterator[str]:
@@ -211,30 +211,30 @@ def annotated_images(path: Source) -> tuple[list[tuple[int | str, str]], dict[st
         categories = dict(named)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise InvalidArgumentError(
-            f"{str(path)!r} is no COCO annotation file ({exc!r}): it needs 'images' with 'id' and 'file_name'",
+            f"{str(path)!r} is not a COCO annotation file ({exc!r}): it needs 'images' with 'id' and 'file_name'",
             value=path,
         ) from exc
     kinds = {type(image_id) for image_id, _ in images}
     if not (kinds <= {int} or kinds <= {str}) or any(type(name) is not str for _, name in images):
-        raise _unfit(path, "ids of images are whole numbers, or strings, and file names are strings")
+        raise _unfit(path, "image ids must be whole numbers or strings, and file names must be strings")
     if any(type(name) is not str or type(number) is not int for name, number in categories.items()):
-        raise _unfit(path, "names of categories are strings, and their ids are whole numbers")
+        raise _unfit(path, "category names must be strings, and category ids must be whole numbers")
     if len(categories) < len(named):
-        raise _unfit(path, "no two categories have one name")
+        raise _unfit(path, "no two categories may have the same name")
     numbers = [each for each in (*(image_id for image_id, _ in images), *categories.values()) if isinstance(each, int)]
     if any(not -(2**63) <= each < 2**63 for each in numbers):
-        raise _unfit(path, "ids have 64 bits")
+        raise _unfit(path, "ids must fit into 64 bits")
     if len({image_id for image_id, _ in images}) < len(images):
-        raise _unfit(path, "no two images have one id")
+        raise _unfit(path, "no two images may have the same id")
     return images, categories
 
 
 def _not_alone(name: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{name!r}: an annotation file has ids of its own; let it be the only source", value=name)
+    return InvalidArgumentError(f"{name!r}: an annotation file has its own image ids; it must be the only source", value=name)
 
 
 def _unfit(path: Source, due: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{str(path)!r} is no COCO annotation file: there, {due}", value=path)
+    return InvalidArgumentError(f"{str(path)!r} is not a valid COCO annotation file: {due}", value=path)
 
 
 def _expanded(pattern: str) -> Iterator[str]:
@@ -272,7 +272,8 @@ def _some(name: str, what: str, found: Iterator[Any]) -> Iterator[Any]:
         yield each
     if empty:
         raise InvalidArgumentError(
-            f"there is {what} in {name!r}; a folder's images end with {' '.join(SUFFIXES)}, other files are named", value=name
+            f"there is {what} in {name!r}; images in a folder must end with {' '.join(SUFFIXES)}; name other files one by one",
+            value=name,
         )
 
 
@@ -284,17 +285,21 @@ def _fail(error: OSError) -> None:
     """
     name = os.fspath(error.filename)
     raise InvalidArgumentError(
-        f"the folder {name!r} cannot be read ({error.strerror}); see to that, or give the others one by one", value=name
+        f"the folder {name!r} cannot be read ({error.strerror}); fix this, or give the other sources one by one", value=name
     ) from error
 
 
 def _lines() -> Iterator[str]:
     """Paths on stdin, one a line."""
     if sys.stdin is None:  # where the process has none
-        raise InvalidArgumentError("there is no stdin to read paths from; give a folder, a file or a glob", value=STDIN)
+        raise InvalidArgumentError(
+            "stdin is closed, so no paths can be read from it; give a file, a folder or a glob", value=STDIN
+        )
     for number, line in enumerate(sys.stdin.buffer):
         if b"\0" in line:
-            raise InvalidArgumentError("the list has NULs in it; give a path a line, as of find without -print0", value=STDIN)
+            raise InvalidArgumentError(
+                "the list of paths contains NUL characters; give one path per line, as from find without -print0", value=STDIN
+            )
         if name := (line if number else line.removeprefix(codecs.BOM_UTF8)).rstrip(b"\r\n"):
             yield os.fsdecode(name)
 

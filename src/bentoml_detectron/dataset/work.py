@@ -80,7 +80,8 @@ class Work:
         model = get(self.model)
         if fingerprint(model) != self.fingerprint:
             raise DetectronError(
-                f"{self.model} is another model here than where the run began; bring the same one, by bentoml models export",
+                f"{self.model} is not the same model here as where the run started; copy that one here with bentoml models "
+                "export and bentoml models import",
                 value=self.model,
             )
         return load_predictor(

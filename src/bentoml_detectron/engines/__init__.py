@@ -59,18 +59,21 @@ def check(precision: str, device: torch.device = _CPU, *, is_calibrated: bool = 
         )
     if precision == "bf16" and not has_bf16(device):
         which = "this processor" if device.type == "cpu" else f"{device}, unlike GPUs of compute capability 8.0 and above,"
-        raise InvalidArgumentError(f"{which} does not compute in bf16; give precision='fp32'", value=precision)
+        raise InvalidArgumentError(f"{which} does not support bf16; use --precision fp32 (precision='fp32')", value=precision)
     if precision == "fp16" and device.type != "cuda":
-        raise InvalidArgumentError(f"fp16 is for GPUs, not for {device}; give precision='fp32'", value=precision)
+        raise InvalidArgumentError(f"fp16 needs a GPU, not {device}; use --precision fp32 (precision='fp32')", value=precision)
     if precision == "int8" and device.type != "cpu":
-        raise InvalidArgumentError(f"int8 is for the CPU, not for {device}; give precision='bf16' or 'fp32'", value=precision)
+        raise InvalidArgumentError(
+            f"int8 needs the CPU, not {device}; use --precision bf16 (precision='bf16') or fp32", value=precision
+        )
     if precision == "int8" and not has_int8():
         raise InvalidArgumentError(
-            "int8 needs an x86 processor with AVX2, and a PyTorch with oneDNN; give precision='fp32'", value=precision
+            "int8 needs an x86 processor with AVX2, and a PyTorch with oneDNN; use --precision fp32 (precision='fp32')",
+            value=precision,
         )
     if precision == "int8" and not is_calibrated:
         raise InvalidArgumentError(
-            "the model has no calibration for int8; make one that has: bentoml detectron optimize TAG --calibration DIR",
+            "the model is not calibrated for int8; calibrate it first: bentoml detectron optimize TAG --calibration DIR",
             value=precision,
         )
 
@@ -108,13 +111,13 @@ def accelerated(model: nn.Module, precision: Precision, calibration: int8.Calibr
     if precision != "fp32" and _features_go_to(model, examples):
         view = _with_parts(model, examples, precision, calibration, keeps=True)
         # A subclass may do more with features than the class that is known.
-        if _runs(view, f"the model does not take features in {precision}; between parts they are float32"):
+        if _runs(view, f"the model does not accept features in {precision}; they are passed between its parts as float32"):
             return view
     view = _with_parts(model, examples, precision, calibration, keeps=False)
     # Features are channels-last now, and what is a user's own may look at them as a row of numbers.
     if not examples or all(map(_is_known, model.modules())):
         return view
-    is_right = _runs(view, "the model does not take what its parts give when they are faster; it stays as it is")
+    is_right = _runs(view, "the model does not accept the outputs of its accelerated parts; it runs unaccelerated")
     return view if is_right else _keeping_anchors(model)
 
 
@@ -194,7 +197,7 @@ def calibrate(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
         try:
             graph = Graph(model, part, example)
         except Exception:  # it cannot be copied
-            logger.warning("%s gets no ranges; it stays as it is", part.place, exc_info=True)
+            logger.warning("%s cannot be calibrated; it stays in fp32", part.place, exc_info=True)
             replacements[part] = _adapted(model, part, example, None, False)
             continue
         fusion.fuse(graph)
@@ -219,7 +222,7 @@ def _examples(model: nn.Module, parts: list[Part]) -> dict[Part, Example]:
         examples = record(model, parts, lambda view: view([_noise(model)]))
         return {part: each if part.sizes else _some_rows(model, part, each, generator) for part, each in examples.items()}
     except Exception:
-        logger.warning("the model does not run on an image of noise; it stays as it is", exc_info=True)
+        logger.warning("the model does not run on a noise image; it runs unaccelerated", exc_info=True)
         return {}
 
 
@@ -285,11 +288,11 @@ def _tried(part: Part, example: Example, precision: Precision, compiled: Callabl
         run = compiled()
         error = _error(run, example)
     except Exception:
-        logger.warning("%s does not run in %s; it stays as it is", part.place, precision, exc_info=True)
+        logger.warning("%s does not run in %s; it runs unaccelerated", part.place, precision, exc_info=True)
         return None
     if error <= TOLERANCES[precision]:
         return run
-    logger.warning("%s in %s is off by %.2g; it stays as it is", part.place, precision, error)
+    logger.warning("%s in %s is off by %.2g; it runs unaccelerated", part.place, precision, error)
     return None
 
 

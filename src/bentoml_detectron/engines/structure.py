@@ -22,7 +22,7 @@ def tensors(nested: Any) -> list[Any]:
     if isinstance(nested, dict):
         nested = nested.values()
     elif not isinstance(nested, (list, tuple)):
-        raise TypeError(f"a {type(nested).__name__} is no tensor")
+        raise TypeError(f"expected a tensor, not {type(nested).__name__}")
     return [tensor for each in nested for tensor in tensors(each)]
 
 

@@ -70,26 +70,26 @@ def evaluate(
     left = dict.fromkeys(places)
     for image_id, found in _pairs(predictions):
         if image_id not in left:
-            fault = "is there twice" if image_id in places else f"is none of {truth.source}"
-            raise InvalidArgumentError(f"the prediction of image {image_id!r} {fault}", value=image_id)
+            fault = "is given twice" if image_id in places else f"is for no image of {truth.source}"
+            raise InvalidArgumentError(f"the prediction for image {image_id!r} {fault}", value=image_id)
         if not isinstance(found, Detections):
             raise InvalidArgumentError(
-                f"the prediction of image {image_id!r} is {type(found).__name__}; give Detections", value=image_id
+                f"the prediction for image {image_id!r} must be Detections, not {type(found).__name__}", value=image_id
             ) from (found if isinstance(found, Exception) else None)
         place = places[image_id]
         due = truth.images[place].size
         if due is not None and found.image_size != due:
             name = truth.images[place].file_name
             raise InvalidArgumentError(
-                f"{name} has {found.image_size[0]} rows and {found.image_size[1]} columns, {truth.source} says {due[0]} and "
-                f"{due[1]}; give the images that were annotated",
+                f"{name} has {found.image_size[0]} rows and {found.image_size[1]} columns, but {truth.source} says "
+                f"{due[0]} and {due[1]}; give the images that were annotated",
                 value=name,
             )
         collector.add(place, found)
         del left[image_id]
     if left:
         names = [truth.images[places[each]].file_name for each in left]
-        raise InvalidArgumentError(f"there is no prediction of {truths.listed(names)}; predict on all images", value=names)
+        raise InvalidArgumentError(f"there is no prediction for {truths.listed(names)}; give one for every image", value=names)
     tasks = collector.finish()
     return Evaluation(tuple(places), tasks, (*notes, *collector.notes))
 
@@ -98,7 +98,7 @@ def _pairs(predictions: Any) -> Iterator[tuple[ImageId, Detections]]:
     for each in predictions.items() if isinstance(predictions, Mapping) else predictions:
         if not isinstance(each, (tuple, list)) or len(each) != 2:
             raise InvalidArgumentError(
-                f"a prediction is {type(each).__name__}; give pairs of an image id and its Detections, or a mapping", value=each
+                f"a prediction must be a pair of an image id and its Detections, not {type(each).__name__}", value=each
             )
         yield each[0], each[1]
 
@@ -124,7 +124,7 @@ def check_names(truth: GroundTruth, thing_classes: Sequence[str] | None, stuff_c
         extra += truths.check_names(truth, stuff_classes, is_thing=False, others=thing_classes or ())
     if not extra:
         return []
-    return [f"of the model's classes, {truths.listed(map(repr, extra))} are not evaluated: {truth.source} has none of these"]
+    return [f"the model's classes {truths.listed(map(repr, extra))} are not evaluated: {truth.source} does not have them"]
 
 
 def _collector(

@@ -126,12 +126,12 @@ class Instances:
             if isinstance(mask := each.get("segmentation"), dict) and each["image_id"] in self._rle_sizes:
                 self._rle_sizes[each["image_id"]].add((mask["size"][0], mask["size"][1]))
         if any("area" not in each for each in truth.annotations):
-            self.notes.append(f"{truth.source} has annotations without an area: that of their boxes is taken")
+            self.notes.append(f"{truth.source} has annotations without an area: the area of their boxes is used")
 
     def add(self, place: int, found: Detections) -> None:
         """Takes what was found on the image at this place."""
         if found.boxes.shape[1] != 4:
-            raise InvalidArgumentError("the model's boxes are rotated; COCO's average precision is of upright ones")
+            raise InvalidArgumentError("the model's boxes are rotated; COCO's average precision needs upright ones")
         self._sizes[place] = found.image_size
         self._check_sizes(self._truth.images[place], found.image_size)
         self._with["masks", len(found) > 0].add(found.masks is not None)
@@ -161,8 +161,8 @@ class Instances:
         """Checks the RLEs of an image whose size the file does not have, for which no other mask would match them."""
         if odd := [each for each in self._rle_sizes.get(image.id, ()) if each != size]:
             raise InvalidArgumentError(
-                f"{self._truth.source} has an RLE of {odd[0][0]} rows and {odd[0][1]} columns, {image.file_name} has {size[0]} "
-                f"and {size[1]}; give the images that were annotated",
+                f"{self._truth.source} has an RLE of {odd[0][0]} rows and {odd[0][1]} columns, but {image.file_name} has "
+                f"{size[0]} and {size[1]}; give the images that were annotated",
                 value=odd[0],
             )
 
@@ -174,15 +174,15 @@ class Instances:
             return self._ids.get(name)
         if self._with_names:
             raise InvalidArgumentError(
-                f"the model has names, and found the class {label} without one; name all classes. (What an RPN alone proposes "
-                "has no class, and no average precision)",
+                f"the model has class names, but none for class {label}, which it found; name all classes. (The proposals of "
+                "an RPN alone have no class, and so no average precision)",
                 value=label,
             )
-        self._note("the model carries no class names: its ids are the places of the categories, in the order of their ids")
+        self._note("the model has no class names: its class ids are taken as positions in the list of categories sorted by id")
         if label >= len(self._every):
             raise InvalidArgumentError(
-                f"the model finds the class {label}, {self._truth.source} has {len(self._every)} categories; save the model "
-                "with its classes' names",
+                f"the model found class {label}, but {self._truth.source} has {len(self._every)} categories; save the model "
+                "with its class names",
                 value=label,
             )
         return self._ids.get(self._every[label])
@@ -196,7 +196,7 @@ class Instances:
         annotations = self._truth.annotations
         if self._unknown and not self._with_names:
             unknown = listed(map(repr, self._unknown))
-            self._note(f"what is found of {unknown} is left out: {self._truth.source} has no such class")
+            self._note(f"detections of {unknown} are ignored: {self._truth.source} has no such class")
         tasks = {"box": self._measured("box", self._rows, annotations, None)}
         if self._everywhere("masks"):
             if self._has_masks():
@@ -209,16 +209,16 @@ class Instances:
             if self._posed:
                 tasks["keypoint"] = self._measured("keypoint", self._rows, self._posed, self._of_keypoints())
             else:
-                self.notes.append(f"{self._truth.source} has no keypoints, so there is no AP of these")
+                self.notes.append(f"{self._truth.source} has no keypoints, so there is no AP of keypoints")
         elif self._sigmas is not None:
-            self.notes.append("the model finds no keypoints, so keypoint_sigmas say nothing")
+            self.notes.append("the model finds no keypoints, so keypoint_sigmas are ignored")
         return tasks
 
     def _everywhere(self, what: str) -> bool:
         """Whether all detections have it, or would; a note where only some have."""
         found = self._with[what, True] or self._with[what, False]
         if len(found) > 1:
-            self.notes.append(f"detections of some images have {what}, of others not, so there is no AP of {what}")
+            self.notes.append(f"detections on some images have {what} and on others do not, so there is no AP of {what}")
         return found == {True}
 
     def _has_masks(self) -> bool:
@@ -229,8 +229,8 @@ class Instances:
         without = [each.get("id", place) for place, each in enumerate(annotations) if not each.get("segmentation")]
         if without and len(without) < len(annotations):
             raise InvalidArgumentError(
-                f"{self._truth.source} has segmentations, but not of the annotations {listed(without)}; complete it, or take "
-                "all of them out to measure boxes",
+                f"{self._truth.source} has segmentations, but none for the annotations {listed(without)}; add them, or "
+                "remove all segmentations to evaluate boxes only",
                 value=without,
             )
 
@@ -254,7 +254,7 @@ class Instances:
             return np.asarray(self._sigmas, np.float64)
         if count == len(COCO_SIGMAS):
             return np.array(COCO_SIGMAS)
-        self.notes.append(f"the AP of {count} keypoints is with a sigma of 1/{count} for each; give others as keypoint_sigmas")
+        self.notes.append(f"the AP of {count} keypoints uses a sigma of 1/{count} for each; set others with keypoint_sigmas")
         return np.full(count, 1 / count)
 
     def _measured(

@@ -101,14 +101,17 @@ def compare(
     numbers = isinstance(resamples, int) and isinstance(seed, int)
     if not numbers or resamples < 1 or not 0 < confidence < 1 or seed < 0:
         raise InvalidArgumentError(
-            f"resamples={resamples}, seed={seed}, confidence={confidence}; give 1 or more, 0 or more, and one between 0 and 1",
+            f"resamples={resamples}, seed={seed}, confidence={confidence}; they must be at least 1, at least 0, "
+            "and between 0 and 1",
             value=(resamples, seed, confidence),
         )
     if evaluation.images != other.images:
         raise InvalidArgumentError("the evaluations are of different images; evaluate both on the same")
     shared = [name for name in evaluation.tasks if name in other.tasks]
     if not shared:
-        raise InvalidArgumentError(f"one has {', '.join(evaluation.tasks)}, the other {', '.join(other.tasks)}; compare alike")
+        raise InvalidArgumentError(
+            f"one has {', '.join(evaluation.tasks)}, the other {', '.join(other.tasks)}; compare the same tasks"
+        )
     metrics, per_class = {}, {}
     for name in shared:
         one, two = evaluation.tasks[name], other.tasks[name]

@@ -80,7 +80,7 @@ class GroundTruth:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise ImageError(f"{folder} is no folder; give that of the images", value=str(folder))
+            raise ImageError(f"{folder} is not a folder; give the folder with the images", value=str(folder))
         there = self._by_stem(folder) if self.kind == "semantic" else {}
         found = {each.id: there.get(each.file_name, folder / each.file_name) for each in self.images}
         if absent := [each.file_name for each in self.images if not _is_file(found[each.id])]:
@@ -101,7 +101,7 @@ class GroundTruth:
                 continue
             if path.stem in there:
                 names = [there[path.stem].name, path.name]
-                raise ImageError(f"{listed(names)} in {folder} could both be the map's image; leave one", value=names)
+                raise ImageError(f"{listed(names)} in {folder} could both be the image of one map; keep one", value=names)
             there[path.stem] = path
         return there
 
@@ -137,7 +137,7 @@ def read(annotations: str | Path | Mapping[str, Any], *, panoptic_root: str | Pa
         cure = "give a COCO annotation file, or a folder of semantic maps"
         raise InvalidArgumentError(f"cannot read {path} ({exc.strerror}); {cure}", value=str(path)) from exc
     except ValueError as exc:
-        raise InvalidArgumentError(f"{path} is no JSON ({exc}); give a COCO annotation file", value=str(path)) from exc
+        raise InvalidArgumentError(f"{path} is not JSON ({exc}); give a COCO annotation file", value=str(path)) from exc
     return _of_content(content, path.name, panoptic_root if panoptic_root is not None else path.with_suffix(""))
 
 
@@ -169,18 +169,20 @@ def check_names(truth: GroundTruth, names: Sequence[str], *, is_thing: bool, oth
         if absent[0] in others:
             ours, theirs = ("a thing", "stuff") if is_thing else ("stuff", "a thing")
             raise InvalidArgumentError(
-                f"{absent[0]!r} is {ours} in {truth.source}, {theirs} to the model; 'isthing' in the file, 1 or 0, says which",
+                f"{absent[0]!r} is {ours} in {truth.source}, but {theirs} to the model; correct 'isthing' (1 or 0) in the file",
                 value=absent,
             )
         near = difflib.get_close_matches(absent[0], known, 3) or list(known)
         raise InvalidArgumentError(
-            f"the model has no class {listed(map(repr, absent))} of {truth.source}; it has {listed(near)}. Name them alike, or "
-            "give the classes to evaluate",
+            f"the model has no class {listed(map(repr, absent))} of {truth.source}; it has {listed(near)}. Use the same "
+            "names, or choose the classes to evaluate (--classes, classes=)",
             value=absent,
         )
     if twice := [name for name in due if known[name] > 1]:
         raise InvalidArgumentError(
-            f"the model has several classes of the name {twice[0]!r}; evaluate without it: give the classes", value=twice
+            f"the model has several classes named {twice[0]!r}; choose the classes to evaluate, without "
+            "it (--classes, classes=)",
+            value=twice,
         )
     there = {each.name for each in truth.every}
     return [name for name in known if name not in there and not (name == "things" and not is_thing)]
@@ -194,7 +196,9 @@ def chosen(truth: GroundTruth, classes: Sequence[str]) -> GroundTruth:
     """
     known = [each.name for each in truth.categories]
     if unknown := [name for name in classes if name not in known]:
-        there = f"it has {listed(difflib.get_close_matches(str(unknown[0]), known, 3) or known)}" if known else "it names none"
+        there = (
+            f"it has {listed(difflib.get_close_matches(str(unknown[0]), known, 3) or known)}" if known else "it has no names"
+        )
         raise InvalidArgumentError(f"{truth.source} has no class {listed(map(repr, unknown))}; {there}", value=unknown)
     kept = tuple(each for each in truth.categories if each.name in classes)
     ids = {each.id for each in kept}
@@ -221,14 +225,14 @@ def _of_folder(folder: Path) -> GroundTruth:
 
 def _of_content(content: Any, source: str, panoptic_root: str | Path | None) -> GroundTruth:
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in _LISTS):
-        raise InvalidArgumentError(f"{source} is no COCO annotation file: it has not all of {', '.join(_LISTS)}", value=source)
+        raise InvalidArgumentError(f"{source} is not a COCO annotation file: it needs all of {', '.join(_LISTS)}", value=source)
     try:
         images = sorted((_picture(each) for each in content["images"]), key=lambda each: (isinstance(each.id, str), each.id))
         categories = sorted((_category(each) for each in content["categories"]), key=lambda each: each.id)
         is_panoptic = any("segments_info" in each for each in content["annotations"])
         annotations = [dict(each) for each in content["annotations"]]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
-        raise InvalidArgumentError(f"{source} is no COCO annotation file: {exc!r}", value=source) from exc
+        raise InvalidArgumentError(f"{source} is not a COCO annotation file: {exc!r}", value=source) from exc
     if not images or not categories:
         what = "image" if not images else "category"
         raise InvalidArgumentError(f"{source} has no {what}, so there is nothing to evaluate", value=source)
@@ -239,8 +243,10 @@ def _of_content(content: Any, source: str, panoptic_root: str | Path | None) -> 
         _check_instances(annotations, images, categories, source)
         return GroundTruth("instances", source, tuple(images), tuple(categories), tuple(annotations), every=tuple(categories))
     if panoptic_root is None or not Path(panoptic_root).is_dir():
-        raise InvalidArgumentError(f"there is no folder {panoptic_root}; give that of {source}'s PNGs as panoptic_root",
-                                   value=panoptic_root)  # fmt: skip
+        raise InvalidArgumentError(
+            f"there is no folder {panoptic_root}; give the one with {source}'s PNGs as --panoptic-root (panoptic_root)",
+            value=panoptic_root,
+        )
     _check_panoptic(annotations, images, categories, source)
     root = Path(panoptic_root)
     return GroundTruth("panoptic", source, tuple(images), tuple(categories), tuple(annotations), root, tuple(categories))
@@ -260,7 +266,7 @@ def _picture(given: dict[str, Any]) -> Picture:
 def _category(given: dict[str, Any]) -> Category:
     category_id = _id(given["id"])
     if not isinstance(category_id, int):
-        raise ValueError(f"the category id {given['id']!r} is no whole number")
+        raise ValueError(f"the category id {given['id']!r} is not a whole number")
     return Category(category_id, str(given["name"]), bool(given.get("isthing", 1)))
 
 
@@ -287,17 +293,17 @@ def _check_instances(
         segmentation = each.get("segmentation")
         image_id, category_id = _id(each.get("image_id")), _id(each.get("category_id"))
         if image_id not in sizes:
-            fault = f"is of the image {each.get('image_id')!r}, which is not there"
+            fault = f"belongs to the image {each.get('image_id')!r}, which does not exist"
         elif category_id not in category_ids:
-            fault = f"is of the category {each.get('category_id')!r}, which is not there"
+            fault = f"has the category {each.get('category_id')!r}, which does not exist"
         elif not _are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
             fault = f"has the box {box!r:.80}; it should be x, y, width, height"
         elif segmentation and not _is_mask(segmentation, sizes[image_id]):
-            fault = "has a segmentation that is neither polygons nor an RLE of its image's size"
+            fault = "has a segmentation that is neither polygons nor an RLE with its image's size"
         elif "area" in each and not (_is_number(each["area"]) and each["area"] >= 0):
             fault = f"has the area {each['area']!r:.80}; it should be a number of pixels"
         elif "keypoints" in each and not _are_points(each["keypoints"]):
-            fault = "has keypoints that are not x, y, visibility of each"
+            fault = "has keypoints that are not a list of x, y, visibility for each"
         elif each.get("iscrowd") not in (None, 0, 1):
             fault = f"has iscrowd {each['iscrowd']!r:.80}; it should be 0 or 1"
         if fault:
@@ -351,7 +357,7 @@ def _check_panoptic(
     category_ids = {each.id for each in categories}
     of_image = Counter(_id(each.get("image_id")) for each in annotations)
     if absent := [each.file_name for each in images if of_image[each.id] != 1]:
-        raise InvalidArgumentError(f"{source} has not one annotation of each image: see {listed(absent)}", value=absent)
+        raise InvalidArgumentError(f"{source} must have one annotation for each image; check {listed(absent)}", value=absent)
     for each in annotations:
         segments = each.get("segments_info")
         if not isinstance(each.get("file_name"), str) or not isinstance(segments, list):
@@ -359,9 +365,9 @@ def _check_panoptic(
         for segment in segments:
             fault = None
             if not isinstance(segment, dict) or _id(segment.get("category_id")) not in category_ids:
-                fault = "of no category that is there"
+                fault = "whose category does not exist"
             elif not isinstance(segment.get("id"), int) or segment["id"] < 1:
-                fault = "whose id is no whole number of 1 or more; 0 is where nothing is known"
+                fault = "whose id is not a whole number of 1 or more; 0 marks unlabeled pixels"
             if fault:
                 raise InvalidArgumentError(
                     f"{source}: the image {each['image_id']!r} has the segment {segment!r:.80}, {fault}", value=segment

@@ -74,9 +74,9 @@ class Panoptic:
     def add(self, place: int, found: Detections) -> None:
         """Takes what was found on the image at this place."""
         if found.panoptic is None:
-            raise InvalidArgumentError(f"{self._truth.source} is panoptic, the model is not; give annotations of instances")
+            raise InvalidArgumentError(f"{self._truth.source} is panoptic, but the model is not; give instance annotations")
         if any(not each.class_name for each in found.panoptic.segments):
-            raise InvalidArgumentError("the model's segments have no class names; save it with its classes' names")
+            raise InvalidArgumentError("the model's segments have no class names; save it with its class names")
         classes = [(each.class_name, each.is_thing) for each in found.panoptic.segments]
         self._unknown.update(dict.fromkeys(each for each in classes if each not in self._known))
         annotation = self._annotations[self._truth.images[place].id]
@@ -90,13 +90,13 @@ class Panoptic:
         odd = [(name, is_thing) for name, is_thing in self._unknown if (name, not is_thing) in self._known]
         if odd:
             self.notes.append(
-                f"{listed(repr(name) for name, _ in odd)} {'is' if len(odd) == 1 else 'are'} stuff to one of the model and "
-                f"{self._truth.source}, a thing to the other, and left out; what is stuff has 'isthing': 0 in the file"
+                f"{listed(repr(name) for name, _ in odd)} {'is' if len(odd) == 1 else 'are'} ignored: stuff in one of the model "
+                f"and {self._truth.source}, a thing in the other; for stuff, the file must say 'isthing': 0"
             )
         if unknown := [
             repr(name) for name, is_thing in self._unknown if (name, is_thing) not in odd and not self._with_names[is_thing]
         ]:
-            self.notes.append(f"what is found of {listed(unknown)} is left out: {self._truth.source} has no such class")
+            self.notes.append(f"detections of {listed(unknown)} are ignored: {self._truth.source} has no such class")
         things = tuple(each.is_thing for each in self._truth.categories)
         groups = {"{}": (True,) * len(things), "{}_things": things, "{}_stuff": tuple(not each for each in things)}
         names = [each.name for each in self._truth.categories]
@@ -156,7 +156,9 @@ class Semantic:
     def add(self, place: int, found: Detections) -> None:
         """Takes what was found on the image at this place."""
         if found.semantic is None:
-            raise InvalidArgumentError(f"{self._truth.source} is of semantic maps, the model gives none; give a COCO file")
+            raise InvalidArgumentError(
+                f"{self._truth.source} holds semantic maps, but the model predicts none; give a COCO file"
+            )
         path = Path(self._truth.folder or ".") / self._truth.annotations[place]["file_name"]
         due = _pixels(path, found.image_size, 2)
         # Detectron2's own ignore labels: 255, and 65535 of datasets with more classes.
@@ -165,7 +167,7 @@ class Semantic:
         highest = int(due.max(initial=-1))
         if self._classes is not None and highest >= len(self._classes):
             raise InvalidArgumentError(
-                f"{path.name} has the class {highest}, the model has {len(self._classes)}; give maps of the model's class ids",
+                f"{path.name} has class {highest}, but the model has {len(self._classes)} classes; give maps of its class ids",
                 value=highest,
             )
         is_said = said != VOID[str(found.semantic.dtype)]
@@ -224,9 +226,9 @@ def _pixels(path: Path, size: tuple[int, int], dimensions: int) -> NDArray[np.in
         with Image.open(path) as picture:
             pixels = np.asarray(picture).astype(np.int64)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
-        raise InvalidArgumentError(f"cannot read the map {path} ({exc}); give it as PNG", value=str(path)) from exc
+        raise InvalidArgumentError(f"cannot read the map {path} ({exc}); give a PNG", value=str(path)) from exc
     if pixels.shape != (*size, 3)[:dimensions]:
-        what = "one value a pixel" if dimensions == 2 else "red, green and blue"
+        what = "one value per pixel" if dimensions == 2 else "red, green and blue"
         raise InvalidArgumentError(
             f"the map {path} has the shape {pixels.shape}; give {what}, at the image's size {size}", value=pixels.shape
         )
