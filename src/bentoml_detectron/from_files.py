@@ -116,7 +116,7 @@ def _config_path(name: str) -> Path:
         except (RuntimeError, OSError, ValueError):
             pass
     raise InvalidArgumentError(
-        f"there is no config {name!r}; give a local file, or a name of Detectron2's model zoo such as "
+        f"there is no config {name!r}; give a local file, or a name from Detectron2's model zoo such as "
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
         value=name,
     )
@@ -128,13 +128,13 @@ def _weights_path(name: object) -> Path:
         raise InvalidArgumentError(f"the config names no weights; {cure}", value=name)
     if "://" in name:
         raise InvalidArgumentError(
-            f"the config names {name}, from which training began, and nothing is downloaded here; {cure}, as "
+            f"the config names {name}, the weights that training started from, and nothing is downloaded; {cure}, such as "
             "--weights output/model_final.pth, which training wrote",
             value=name,
         )
     path = Path(name)
     if not path.is_file():
-        raise InvalidArgumentError(f"there is no file of weights {name!r}; {cure}", value=name)
+        raise InvalidArgumentError(f"there is no weights file {name!r}; {cure}", value=name)
     return path.resolve()
 
 
@@ -153,7 +153,7 @@ class _LocalConfig(CfgNode):  # type: ignore[misc]
     def _open_cfg(cls, filename: str) -> IO[str]:
         if "://" in filename:
             raise InvalidArgumentError(
-                f"the config's _BASE_ is at {filename}, and nothing is downloaded here; download it and name the file",
+                f"the config's _BASE_ is at {filename}, but nothing is downloaded; download it and use the local path",
                 value=filename,
             )
         path = Path(filename).resolve()
@@ -181,7 +181,7 @@ def _yacs_config(path: Path, overrides: Sequence[str]) -> CfgNode:
         raise
     except Exception as exc:  # a file may be wrong in as many ways as YAML and Detectron2 have lines
         raise InvalidArgumentError(
-            f"{path} is no config of Detectron2's: {_reason(exc)}. Where it needs keys that a project adds, build the model in "
+            f"{path} is not a Detectron2 config: {_reason(exc)}. If it needs keys that a project adds, build the model in "
             "Python and save it with bentoml.detectron.save_model",
             value=str(path),
         ) from exc
@@ -193,8 +193,8 @@ def _yacs_config(path: Path, overrides: Sequence[str]) -> CfgNode:
             cfg.merge_from_list([key, value])
         except Exception as exc:  # as above
             raise InvalidArgumentError(
-                f"the override {key} {value} cannot be applied: {_meant(cfg, key) or _reason(exc)}; give a key of the config, "
-                "such as MODEL.ROI_HEADS.NUM_CLASSES, and a value of its type",
+                f"the override {key} {value} is not valid: {_meant(cfg, key) or _reason(exc)}; give a key of the config, such as "
+                "MODEL.ROI_HEADS.NUM_CLASSES, and a value of the right type",
                 value=key,
             ) from exc
     return CfgNode(cfg)
@@ -219,24 +219,24 @@ def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 def _check_overrides(overrides: Sequence[str]) -> None:
     for each in overrides[::2]:
         if each.startswith("-"):
-            raise InvalidArgumentError(f"{each} comes after the overrides; give options before the first of them", value=each)
+            raise InvalidArgumentError(f"{each} comes after the overrides; put options before the first override", value=each)
 
 
 def _lazy_config(path: Path, overrides: Sequence[str], trusted: bool) -> DictConfig:
     if not trusted:
         raise UntrustedCodeError(
-            f"{path} is a LazyConfig, which is a program; if you trust who wrote it, run it with --trust-remote-code",
+            f"{path} is a LazyConfig, that is, Python code; if you trust its author, run it with --trust-remote-code",
             file=path.name,
             value=str(path),
         )
     _check_overrides(overrides)
     if wrong := [each for each in overrides if "=" not in each]:
-        raise InvalidArgumentError(f"the override {wrong[0]!r} is none; for a LazyConfig give key=value", value=wrong[0])
+        raise InvalidArgumentError(f"the override {wrong[0]!r} is not valid; for a LazyConfig give key=value", value=wrong[0])
     try:
         loaded: DictConfig = LazyConfig.load(str(path))
     except Exception as exc:  # it is code: anything can happen
         raise InvalidArgumentError(
-            f"{path} cannot be run: {_reason(exc)}; where it imports modules of yours, name their folder in PYTHONPATH",
+            f"{path} cannot be run: {_reason(exc)}; if it imports modules of yours, add their folder to PYTHONPATH",
             value=str(path),
         ) from exc
     try:
@@ -277,8 +277,8 @@ def _put_in(path: Path, module: nn.Module) -> tuple[str, ...]:
     unused = tuple(each for each in result.unexpected_keys if not weights.is_optional(each))
     if missing or misshaped:
         raise WeightsMismatchError(
-            f"{path} is not the model's: {len(missing)} of its weights are missing, {len(misshaped)} have another shape, and "
-            f"{len(unused)} are none of its; give the weights of the whole trained model, with the config and the "
+            f"{path} does not fit the model: {len(missing)} weights are missing, {len(misshaped)} have the wrong shape, and "
+            f"{len(unused)} are unexpected; give the weights of the whole trained model, with the config and the "
             "overrides that it was trained with, such as MODEL.ROI_HEADS.NUM_CLASSES",
             missing=missing,
             unexpected=unused,
@@ -294,14 +294,14 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = zoo_pickle.read(path) if path.suffix == ".pkl" else weights.read_checkpoint(path)
     except UnsafeFileError as exc:
         raise UnsafeFileError(
-            f"{exc}. Only weights are read; give a file that torch.save wrote of {{'model': model.state_dict()}}",
+            f"{exc}. Only plain weights are read; give a file written by torch.save with {{'model': model.state_dict()}}",
             file=exc.file,
             value=exc.value,
         ) from exc
     except CorruptFileError as exc:
         raise CorruptFileError(
-            f"{exc}; give the .pth that training wrote, with PyTorch 1.6 or later, or the .pkl of Detectron2's model zoo, and "
-            "fetch it again where it was cut short",
+            f"{exc}; give the .pth that training wrote, with PyTorch 1.6 or later, or the .pkl from Detectron2's model zoo; if "
+            "the file is incomplete, download it again",
             file=path.name,
         ) from exc
     return {key: checkpoint[key] for key in ("model", "__author__", "matching_heuristics") if key in checkpoint}

@@ -38,7 +38,7 @@ def webp_size(image: bytes) -> tuple[int, int]:
         bits = int.from_bytes(image[21:25], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     if kind != b"VP8 " or len(image) < 30:
-        raise ValueError("no WebP header")
+        raise ValueError("not a WebP header")
     return int.from_bytes(image[26:28], "little") & 0x3FFF, int.from_bytes(image[28:30], "little") & 0x3FFF
 
 

@@ -40,7 +40,7 @@ ImageLike: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str] |
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
 """What an image's name ends with, in a folder, in whatever case."""
 
-_TAKEN = "JPEG, PNG, WebP and BMP are taken"
+_TAKEN = "only JPEG, PNG, WebP and BMP are supported"
 
 _MODES = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
 """Modes that Pillow converts to RGB as they should be; others are refused or come here by another mode."""
@@ -48,8 +48,8 @@ _MODES = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "Y
 _UNMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
 _CURES = {
-    "I": "32-bit numbers, whose range is not known; scale them to 0..255 and give mode L",
-    "F": "floating point numbers, whose range is not known; scale them to 0..255 and give mode L",
+    "I": "32-bit integers of unknown range; scale them to 0..255 and convert to mode L",
+    "F": "floating point numbers of unknown range; scale them to 0..255 and convert to mode L",
     "LAB": "needs a colour profile; convert it with PIL.ImageCms",
 }
 
@@ -95,19 +95,19 @@ _OTHERS = (
     (0, b"8BPS", "a Photoshop file"),
     (0, b"PK\3\4", "a zip archive"),
     (0, b"\x1f\x8b", "a gzip archive"),
-    (0, b"\x93NUMPY", "a NumPy file; load it and give the array"),
-    (0, b"RIFF", "a RIFF file that is no WebP"),
+    (0, b"\x93NUMPY", "a NumPy file; load it and pass the array"),
+    (0, b"RIFF", "a RIFF file other than WebP"),
 )
 _TEXTS = (
     (b"<svg", "an SVG"),
     (b"<!doctype html", "a web page"),
     (b"<html", "a web page"),
     (b"<", "XML, perhaps an SVG"),
-    (b"data:", "a data URL; give the bytes inside"),
+    (b"data:", "a data URL; decode it and send the bytes"),
     # How a JPEG, a PNG and a WebP begin in base64, in small letters.
-    (b"/9j/", "base64 text; give the bytes inside"),
-    (b"ivborw0kgg", "base64 text; give the bytes inside"),
-    (b"uklgr", "base64 text; give the bytes inside"),
+    (b"/9j/", "base64 text; decode it and send the bytes"),
+    (b"ivborw0kgg", "base64 text; decode it and send the bytes"),
+    (b"uklgr", "base64 text; decode it and send the bytes"),
 )
 
 MAX_SIDE = 65_500
@@ -204,15 +204,15 @@ def pixels(picture: Image.Image, *, swapped: bool) -> NDArray[np.uint8]:
 def _check_array(array: NDArray[Any], index: int) -> None:
     shape = array.shape
     if array.ndim == 2 or shape[2:] == (1,):
-        fault = f"{shape} is grey; stack it to three channels"
+        fault = f"the shape {shape} is grayscale; stack it to three channels"
     elif array.ndim == 3 and shape[2] == 4:
-        fault = f"{shape} has 4 channels; drop the last: image[:, :, :3]"
+        fault = f"the shape {shape} has 4 channels; drop the last: image[:, :, :3]"
     elif array.ndim == 3 and shape[0] == 3 != shape[2]:
-        fault = f"{shape} has its channels first; give image.transpose(1, 2, 0)"
+        fault = f"the shape {shape} has the channels first; pass image.transpose(1, 2, 0)"
     elif array.ndim == 4:
-        fault = f"{shape} is a batch; give its images one by one"
+        fault = f"the shape {shape} is a batch; pass its images one by one"
     elif array.ndim != 3 or shape[2] != 3:
-        fault = f"its shape is {shape}; give (H, W, 3)"
+        fault = f"its shape is {shape}; it must be (H, W, 3)"
     elif array.dtype != np.uint8:
         raise UnsupportedImageError(f"it is {array.dtype}; convert to uint8, 0 to 255", index=index, value=array.dtype)
     else:
@@ -222,14 +222,17 @@ def _check_array(array: NDArray[Any], index: int) -> None:
 
 def _check_size(width: int, height: int, limits: Limits, index: int) -> None:
     if width < 1 or height < 1:
-        raise ImageError(f"{width} x {height} pixels are no image", index=index, value=(width, height))
+        raise ImageError(f"{width} x {height} pixels is not a valid image size", index=index, value=(width, height))
     if max(width, height) > MAX_SIDE:
         raise ImageTooLargeError(
-            f"{width} x {height} pixels: a side has {MAX_SIDE:,} at most; cut it in pieces", index=index, value=(width, height)
+            f"{width} x {height} pixels: a side may have at most {MAX_SIDE:,}; split the image",
+            index=index,
+            value=(width, height),
         )
     if width * height > limits.max_pixels:
         raise ImageTooLargeError(
-            f"{width} x {height} pixels are more than max_pixels, {limits.max_pixels:,}; scale it down",
+            f"{width} x {height} pixels exceed the limit of {limits.max_pixels:,} (--max-image-pixels, "
+            "max_pixels); scale it down",
             index=index,
             value=(width, height),
         )
@@ -238,7 +241,7 @@ def _check_size(width: int, height: int, limits: Limits, index: int) -> None:
 def _content(image: object, limits: Limits, index: int) -> bytes:
     """An encoded image, read from its path if it is one, of at most `max_bytes`."""
     if isinstance(image, str) and ("://" in image or image[:5].lower() == "data:"):
-        raise ImageError(f"nothing is fetched; give its bytes, not {image[:80]!r}", index=index, value=image)
+        raise ImageError(f"URLs are not supported; pass the image itself, not {image[:80]!r}", index=index, value=image)
     if isinstance(image, (str, os.PathLike)):
         content = _read(image, limits, index)
         size = len(content)
@@ -247,10 +250,12 @@ def _content(image: object, limits: Limits, index: int) -> bytes:
         content = b"" if size > limits.max_bytes else bytes(image)
     else:
         raise ImageError(
-            f"it is a {type(image).__name__}; give its bytes, its path, a PIL image or an array", index=index, value=image
+            f"it must be bytes, a path, a PIL image or an array, not {type(image).__name__}", index=index, value=image
         )
     if size > limits.max_bytes:
-        raise ImageTooLargeError(f"it has more bytes than max_bytes, {limits.max_bytes:,}", index=index, value=size)
+        raise ImageTooLargeError(
+            f"it is larger than the limit of {limits.max_bytes:,} bytes (max_bytes)", index=index, value=size
+        )
     return content
 
 
@@ -263,7 +268,7 @@ def _read(path: str | os.PathLike[str], limits: Limits, index: int) -> bytes:
         raise ImageError(f"cannot open {str(path)!r} ({reason})", index=index, value=path) from exc
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ImageError(f"{str(path)!r} is no regular file", index=index, value=path)
+        raise ImageError(f"{str(path)!r} is not a regular file", index=index, value=path)
     with os.fdopen(descriptor, "rb") as file:
         try:
             return file.read(limits.max_bytes + 1)
@@ -313,7 +318,9 @@ def _check_scans(picture: ImageFile, content: bytes, limits: Limits, index: int)
     """Refuses a progressive JPEG that goes over its pixels again and again: each time takes 40 bytes and milliseconds."""
     scans = content.count(b"\xff\xda")
     if scans * picture.width * picture.height > _SCANS * limits.max_pixels:
-        raise DamagedImageError(f"it goes over its pixels {scans:,} times; save it again", index=index, value=scans)
+        raise DamagedImageError(
+            f"it has {scans:,} progressive scans, which is too many; save it again", index=index, value=scans
+        )
 
 
 def _jpeg_picture(content: bytes) -> bytes:
@@ -387,7 +394,7 @@ def _seems(content: bytes) -> str:
             return name
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in content[:64]):
         return "text"
-    return f"of no known format (it begins with {content[:8].hex(' ')})"
+    return f"in an unknown format (it begins with {content[:8].hex(' ')})"
 
 
 def _upright(picture: Image.Image, index: int) -> Image.Image:

@@ -100,7 +100,7 @@ def encode(bitmap: NDArray[np.bool_] | NDArray[np.uint8]) -> RLE:
     """
     if not isinstance(bitmap, np.ndarray) or bitmap.ndim != 2 or bitmap.dtype not in (np.bool_, np.uint8):
         found = f"{bitmap.dtype} {bitmap.shape}" if isinstance(bitmap, np.ndarray) else type(bitmap).__name__
-        raise InvalidArgumentError(f"the bitmap is {found}; give an (H, W) array of bool or uint8", value=found)
+        raise InvalidArgumentError(f"the bitmap must be an (H, W) array of bool or uint8, not {found}", value=found)
     height, width = checked_size(bitmap.shape)
     on = bitmap if bitmap.dtype == np.bool_ else bitmap != 0
     # Not by transposing, which takes longer than all the rest: changes inside columns first, then from one to the next.
@@ -121,7 +121,7 @@ def from_bitmaps(bitmaps: torch.Tensor) -> list[RLE]:
 
     if bitmaps.ndim != 3 or bitmaps.dtype != torch.bool:
         found = f"{bitmaps.dtype} {tuple(bitmaps.shape)}"
-        raise InvalidArgumentError(f"the bitmaps are {found}; give (N, H, W) of bool", value=found)
+        raise InvalidArgumentError(f"the bitmaps must be (N, H, W) of bool, not {found}", value=found)
     count = len(bitmaps)
     if not count:
         return []
@@ -156,7 +156,7 @@ def check(rle: RLE, image_size: tuple[int, int]) -> None:
     """
     _, *size = _counts(rle)
     if size != list(image_size):
-        raise InvalidArgumentError(f"the RLE's size is {size}; the image's is {list(image_size)}", value=size)
+        raise InvalidArgumentError(f"the RLE's size is {size}, but the image's is {list(image_size)}", value=size)
 
 
 def area(rle: RLE) -> int:
@@ -389,9 +389,9 @@ def _arguments(masks: Any, boxes: Any, threshold: float) -> tuple[Floats, Floats
     finite = np.isfinite(corners).all(axis=1)
     if not finite.all():
         row = int(finite.argmin())
-        raise InvalidArgumentError(f"box {row} is {corners[row].tolist()}; leave out boxes that are not finite", value=row)
+        raise InvalidArgumentError(f"box {row} is {corners[row].tolist()}; remove boxes that are not finite", value=row)
     if not isinstance(threshold, (int, float, np.floating)) or not 0 <= threshold <= 1:
-        raise InvalidArgumentError(f"threshold is {threshold!r}; give a number in 0..1", value=threshold)
+        raise InvalidArgumentError(f"threshold is {threshold!r}; it must be a number from 0 to 1", value=threshold)
     return soft, corners
 
 
@@ -401,10 +401,10 @@ def _floats(array: Any, name: str) -> Floats:
         import torch
 
         if not isinstance(array, torch.Tensor):
-            raise InvalidArgumentError(f"{name} are a {type(array).__name__}; give a tensor or an array", value=array)
+            raise InvalidArgumentError(f"{name} must be a tensor or an array, not {type(array).__name__}", value=array)
         array = array.detach().to("cpu", torch.float32).numpy()
     try:
         floats: Floats = array.astype(np.float32, copy=False)
     except (TypeError, ValueError):
-        raise InvalidArgumentError(f"{name} are {array.dtype}; give float32", value=array.dtype) from None
+        raise InvalidArgumentError(f"{name} must be float32, not {array.dtype}", value=array.dtype) from None
     return floats

@@ -74,7 +74,7 @@ class _NoRandomInit(TorchFunctionMode):
         if func in _FACTORIES:
             self.bytes_left -= result.nbytes
         if self.calls > self.MAX_CALLS or self.bytes_left < 0:
-            raise InvalidModelError("the config asks for a model that is far larger than its weights")
+            raise InvalidModelError("the config describes a model that is far larger than its weights")
         return result
 
 
@@ -91,12 +91,12 @@ def take_apart(checkpointables: object, cfg: object) -> tuple[nn.Module, CfgNode
         return _unwrapped(checkpointables.model), checkpointables.cfg, True
     if not isinstance(checkpointables, nn.Module):
         raise InvalidArgumentError(
-            f"'checkpointables' is a {type(checkpointables).__name__}; give a detectron2.engine.DefaultPredictor or a "
-            "torch.nn.Module with its config",
+            f"'checkpointables' must be a detectron2.engine.DefaultPredictor, or a torch.nn.Module with its config, not "
+            f"{type(checkpointables).__name__}",
             value=checkpointables,
         )
     if cfg is None:
-        raise InvalidArgumentError("config is required when 'checkpointables' is a torch.nn.Module; give its CfgNode")
+        raise InvalidArgumentError("config is required if 'checkpointables' is a torch.nn.Module; pass its CfgNode")
     if not isinstance(cfg, CfgNode):
         lazy.model_node(cfg)
     return _unwrapped(checkpointables), cfg, False
@@ -114,19 +114,19 @@ def _check_unchanged(predictor: DefaultPredictor) -> None:
     is_due = type(resize) is ResizeShortestEdge and set(resize.short_edge_length) == {shortest} and resize.max_size == longest
     if resize is not None and not is_due:
         raise InvalidArgumentError(
-            f"the predictor's aug is not what its config says, whose sizes are {shortest} and {longest}; give a predictor of a "
-            "config with the INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST that are meant",
+            f"the predictor's aug differs from its config, whose sizes are {shortest} and {longest}; set INPUT.MIN_SIZE_TEST "
+            "and MAX_SIZE_TEST in the config, and create the predictor from it",
             value=resize,
         )
     if order is not None and order != predictor.cfg.INPUT.FORMAT:
         raise InvalidArgumentError(
-            f"the predictor's input_format is {order!r}, its config's {predictor.cfg.INPUT.FORMAT!r}; give a predictor of a "
-            "config with the INPUT.FORMAT that is meant",
+            f"the predictor's input_format is {order!r}, but its config's is {predictor.cfg.INPUT.FORMAT!r}; set INPUT.FORMAT "
+            "in the config, and create the predictor from it",
             value=order,
         )
     if type(predictor).__call__ is not DefaultPredictor.__call__:
         logger.warning(
-            "%s calls its model in its own way, which is not saved; it loads as a DefaultPredictor", type(predictor).__name__
+            "%s overrides __call__, which is not saved; it will be loaded as a plain DefaultPredictor", type(predictor).__name__
         )
 
 
@@ -161,7 +161,7 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
         rebuilt: nn.Module = build_safely(build).requires_grad_(False)  # tensors that inference mode made cannot have it
     state = module.state_dict()
     weights.check(
-        state, rebuilt, "the module's weights are not those that its config asks for; save it with the config "
+        state, rebuilt, "the module's weights do not fit its config; save it with the config "
         "that it was built with",
     )  # fmt: skip
     weights.assign(state, rebuilt)
@@ -213,11 +213,11 @@ def check_device(device_id: str) -> torch.device:
     except Exception as exc:  # each backend fails in its own way
         reason = str(exc).strip().partition("\n")[0]
         raise UnknownDeviceError(
-            f"PyTorch has no device {device_id!r} here ({reason}); give 'cpu', or 'cuda:0' with a CUDA build and a GPU",
+            f"PyTorch has no device {device_id!r} here ({reason}); use 'cpu', or 'cuda:0' with a CUDA build and a GPU",
             value=device_id,
         ) from exc
     if device.type == "meta":
-        raise UnknownDeviceError("nothing can run on the device 'meta'; give 'cpu' or 'cuda:0'", value=device_id)
+        raise UnknownDeviceError("nothing can run on the device 'meta'; use 'cpu' or 'cuda:0'", value=device_id)
     return device
 
 
@@ -246,7 +246,7 @@ def load(saved: SavedModel, device_id: str) -> DefaultPredictor | nn.Module:
         finally:
             checked.result()  # damage explains whatever else is wrong
     module = module_of(built)
-    message = f"{weights.WEIGHTS} in {saved.folder} does not belong to the model's config"
+    message = f"{weights.WEIGHTS} in {saved.folder} does not fit the model's config"
     weights.check(state, module, message, weights.WEIGHTS)
     saved.warn_of_other_weights(state)
     weights.assign(state, module)

@@ -114,9 +114,9 @@ def optimize(
         DetectronError: And what `load_predictor` raises.
     """
     if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
-        raise InvalidArgumentError(f"images is a {type(images).__name__}; give a list of images", value=type(images))
+        raise InvalidArgumentError(f"images must be a list, not {type(images).__name__}", value=type(images))
     if not images:
-        raise InvalidArgumentError("there are no images to calibrate on; give some as the model will see them", value=0)
+        raise InvalidArgumentError("there are no images to calibrate on; give some typical input images", value=0)
     store.check_new(name)
     found = store.resolve(bento_model)
 
@@ -144,7 +144,7 @@ def optimize(
         calibration = engines.calibrate(module, run)
     if not calibration:
         raise OptimizationError(
-            f"{found.tag} has no convolutions that int8 knows; serve it as it is", value=("no convolutions",)
+            f"{found.tag} has no convolutions that can run in int8; serve it as it is", value=("no convolutions",)
         )
     names: list[Precision] = ["fp32", "int8"]
     names += ["bf16"] if engines.has_bf16() else []
@@ -167,7 +167,8 @@ def optimize(
     against = tuple(problems(report))
     if against and not force:
         raise OptimizationError(
-            f"{found.tag} in int8 is not worth it: {'; '.join(against)}. Nothing was saved; --force keeps it all the same",
+            f"{found.tag} in int8 is not worth it: {'; '.join(against)}. Nothing was saved; to save it "
+            "anyway, use --force (force=True)",
             value=against,
         )
     report = Report(**{**asdict(report), "problems": against, "is_forced": bool(against)})
@@ -199,7 +200,7 @@ def _found(predictor: Predictor, image: ImageLike) -> Detections:
         raise
     if not isinstance(found, Detections):
         raise InvalidModelError(
-            f"the model gives a {type(found).__name__}, which is no detections; there is nothing to compare int8 by",
+            f"the model must give Detections, not {type(found).__name__}; without them int8 cannot be compared with fp32",
             value=found,
         )
     return found
@@ -231,13 +232,13 @@ def problems(report: Report) -> list[str]:
     for name, value in report.before.items():
         lost = value - report.after.get(name, 0.0)
         if lost > MOST_LOST:
-            found.append(f"{name} falls by {100 * lost:.2f} points, and {100 * MOST_LOST:.1f} are allowed")
+            found.append(f"{name} falls by {100 * lost:.2f} points, but at most {100 * MOST_LOST:.1f} are allowed")
     if report.before:
         return found
     if report.alike is None:
-        found.append(f"nothing that scores {LIKELY} or more was found on the images, so its drift is unknown")
+        found.append(f"nothing with a score of {LIKELY} or more was found on the images, so its drift is unknown")
     elif report.alike < LEAST_ALIKE:
-        found.append(f"only {report.alike:.1%} of what it finds is what fp32 finds, and {LEAST_ALIKE:.0%} are asked")
+        found.append(f"only {report.alike:.1%} of its detections agree with those of fp32, but {LEAST_ALIKE:.0%} are required")
     return found
 
 

@@ -61,13 +61,13 @@ def options(
     if score_threshold is not None:
         given: object = score_threshold
         if isinstance(given, bool) or not isinstance(given, Real):  # NumPy's numbers are some, too
-            raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; give a number", value=score_threshold)
+            raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; it must be a number", value=score_threshold)
         if not (math.isfinite(score_threshold) and 0 <= score_threshold <= 1):
-            raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; it is from 0 to 1", value=score_threshold)
+            raise InvalidArgumentError(f"score_threshold is {score_threshold!r}; it must be from 0 to 1", value=score_threshold)
         score_threshold = float(score_threshold)
     if top_k is not None:
         if not _is_whole(top_k) or not 1 <= top_k <= MAX_TOP_K:
-            raise InvalidArgumentError(f"top_k is {top_k!r}; it is a whole number from 1 to {MAX_TOP_K:,}", value=top_k)
+            raise InvalidArgumentError(f"top_k is {top_k!r}; it must be a whole number from 1 to {MAX_TOP_K:,}", value=top_k)
         top_k = int(top_k)
     if classes is None:
         return Options(score_threshold, top_k)
@@ -128,12 +128,12 @@ def _id(given: object, most: int) -> int:
     if _is_whole(given) and 0 <= given < (most or 2**31):
         return int(given)
     known = f"from 0 to {most - 1}" if most else "0 and above"
-    raise InvalidArgumentError(f"{given!r} is no class; ids are whole numbers {known}", value=given)
+    raise InvalidArgumentError(f"{given!r} is not a class; ids are whole numbers {known}", value=given)
 
 
 def _known(name: str, names: list[str]) -> str:
     if not names:
-        return "it carries no class names, so give ids"
+        return "it has no class names, so give ids"
     names = list(dict.fromkeys(names))
     near = difflib.get_close_matches(name, names, 3) or names[:10]
     return f"it has {', '.join(near)}{', ...' if len(near) < len(names) else ''}"

@@ -52,7 +52,9 @@ class Segment:
         _set(self, "area", checks.whole("a segment's area", self.area, 0))
         _set(self, "class_name", checks.names("a segment's class_name", [self.class_name], 1)[0])
         if not isinstance(self.is_thing, (bool, np.bool_)):
-            raise InvalidArgumentError(f"a segment's is_thing is {self.is_thing!r}; give True or False", value=self.is_thing)
+            raise InvalidArgumentError(
+                f"a segment's is_thing is {self.is_thing!r}; it must be True or False", value=self.is_thing
+            )
         _set(self, "is_thing", bool(self.is_thing))
         if self.score is not None:
             _set(self, "score", checks.score(self.score))
@@ -78,16 +80,18 @@ class PanopticSegmentation:
         _set(self, "ids", checks.array("panoptic.ids", self.ids, np.int32, (None, None)))
         given = tuple(self.segments) if isinstance(self.segments, Iterable) else (None,)
         if not all(isinstance(segment, Segment) for segment in given):
-            raise InvalidArgumentError(f"panoptic.segments is {self.segments!r:.80}; give Segments", value=self.segments)
+            raise InvalidArgumentError(
+                f"panoptic.segments is {self.segments!r:.80}; it must hold Segments", value=self.segments
+            )
         _set(self, "segments", given)
         known = [segment.id for segment in self.segments]
         if len(set(known)) < len(known):
-            raise InvalidArgumentError(f"segment ids are {known}; each is there once", value=known)
+            raise InvalidArgumentError(f"segment ids are {known}; each must be unique", value=known)
         lowest, highest = (int(self.ids.min()), int(self.ids.max())) if self.ids.size else (0, 0)
         is_known = np.zeros(min(max(highest, 0), MOST_SEGMENT) + 1, np.bool_)
         is_known[[each for each in [0, *known] if each < len(is_known)]] = True
         if lowest < 0 or highest > MOST_SEGMENT or not is_known[self.ids].all():
-            raise InvalidArgumentError(f"panoptic.ids holds ids other than 0 and those of its segments, {known}", value=known)
+            raise InvalidArgumentError(f"panoptic.ids must hold only 0 and the ids of its segments, {known}", value=known)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return checks.restored, (PanopticSegmentation, self.ids, self.segments)

@@ -87,7 +87,9 @@ class Predictor(Preparation):
             InvalidArgumentError: (``ValueError``) An argument is out of range.
         """
         if max_batch_pixels is not None and not (isinstance(max_batch_pixels, (int, np.integer)) and max_batch_pixels >= 1):
-            raise InvalidArgumentError(f"max_batch_pixels is {max_batch_pixels!r}; give 1 or more", value=max_batch_pixels)
+            raise InvalidArgumentError(
+                f"max_batch_pixels is {max_batch_pixels!r}; it must be at least 1", value=max_batch_pixels
+            )
         if dataset is not None and dataset.stuff_classes and isinstance(model, SemanticSegmentor):
             dataset = dataset.model_copy(update={"thing_classes": None})  # some datasets name things, too: ids are of stuff
         if dataset is not None and isinstance(model, ProposalNetwork):  # its proposals are of no class
@@ -154,7 +156,7 @@ class Predictor(Preparation):
             OutOfMemoryError: One image alone is more than the memory takes.
         """
         if isinstance(images, (str, bytes, bytearray, np.ndarray)) or not isinstance(images, Sequence):
-            raise InvalidArgumentError(f"images is a {type(images).__name__}; give a list of images", value=type(images))
+            raise InvalidArgumentError(f"images must be a list, not {type(images).__name__}", value=type(images))
         if errors not in ("raise", "collect"):
             raise InvalidArgumentError(f"errors={errors!r}; give 'raise' or 'collect'", value=errors)
         wanted = self.options(score_threshold=score_threshold, classes=classes, top_k=top_k)
@@ -233,7 +235,7 @@ class Predictor(Preparation):
         if outputs is None and len(group) == 1:
             return [_too_large(group[0])]
         if outputs is None:
-            logger.warning("out of memory with %d images in a batch; going on with half as many", len(group))
+            logger.warning("out of memory with %d images in a batch; continuing with half as many", len(group))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             half = len(group) // 2
@@ -244,7 +246,7 @@ class Predictor(Preparation):
             results.append(self._result(outputs.pop(0), each))  # which leaves its memory to the rest
         for place, each in enumerate(group):
             if len(group) > 1 and isinstance(results[place], OutOfMemoryError):  # it may have been for the others' sake
-                logger.warning("out of memory with the results of %d images; going on with one alone", len(group))
+                logger.warning("out of memory with the results of %d images; running one image alone", len(group))
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 (results[place],) = self.run([each])
@@ -256,8 +258,8 @@ class Predictor(Preparation):
         device = device_of(self.model)
         if type(self.model) is GeneralizedRCNN and self.model.proposal_generator is None:
             raise InvalidArgumentError(
-                "the model takes boxes that others have proposed with each image, and a predictor has none; call what "
-                "load_model gives",
+                "the model needs precomputed box proposals with each image, and a predictor has none; call the model "
+                "from load_model",
                 value="GeneralizedRCNN",
             )
         with torch.inference_mode(), usual_device():
@@ -301,8 +303,8 @@ def on_device(pixels: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
 def _too_large(prepared: Prepared) -> OutOfMemoryError:
     height, width = prepared.size
     return OutOfMemoryError(
-        f"image {prepared.index}: {width}x{height} takes more memory than there is; give a smaller image, or end what "
-        "else takes memory here",
+        f"image {prepared.index}: {width}x{height} needs more memory than is available; use a smaller image, or free "
+        "memory on this machine",
         value=prepared.size,
     )
 

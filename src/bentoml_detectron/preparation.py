@@ -93,10 +93,11 @@ class Preparation:
             raise InvalidArgumentError(f"batch={batch!r}; give 'padded' or 'exact'", value=batch)
         if image_input.format not in ("BGR", "RGB"):
             raise InvalidArgumentError(
-                f"the model takes images as {image_input.format!r}; the predictor knows BGR and RGB", value=image_input.format
+                f"the model takes images as {image_input.format!r}, but the predictor supports only BGR and RGB",
+                value=image_input.format,
             )
         if limits is not None and not isinstance(limits, Limits):
-            raise InvalidArgumentError(f"limits is a {type(limits).__name__}; give bentoml.detectron.Limits", value=limits)
+            raise InvalidArgumentError(f"limits must be bentoml.detectron.Limits, not {type(limits).__name__}", value=limits)
         self.input = image_input
         self.padding = padding
         self.dataset = dataset
@@ -143,8 +144,8 @@ class Preparation:
             shape = self._scaled(height, width)
             if min(shape) < 1:
                 raise ImageError(
-                    f"{width}x{height} is too long and thin: at the model's {self.input.max_size_test} pixels "
-                    "nothing is left of it",
+                    f"{width}x{height} is too long and thin: scaled to the model's {self.input.max_size_test} pixels, "
+                    "it has none left on its short side; crop it",
                     index=index,
                     value=(height, width),
                 )
@@ -152,8 +153,8 @@ class Preparation:
             picture = picture.resize(shape[::-1], Image.Resampling.BILINEAR)
         if 0 < self.padding.square < max(picture.size):  # Detectron2 would cut one, and fail with two
             raise ImageError(
-                f"{width}x{height} is {picture.width}x{picture.height} at the model's size, and the model takes "
-                f"{self.padding.square} pixels a side at most; save it with a config that resizes to these",
+                f"{width}x{height} is scaled to {picture.width}x{picture.height}, but the model takes at most "
+                f"{self.padding.square} pixels per side; save it with a config that resizes to that",
                 index=index,
                 value=(height, width),
             )

@@ -72,7 +72,7 @@ class Detections:
         _set(self, "boxes", checks.boxes(self.boxes, count))
         _set(self, "class_ids", checks.array("class_ids", self.class_ids, np.int64, (count,)))
         if count and self.class_ids.min() < 0:
-            raise InvalidArgumentError(f"class_ids holds {self.class_ids.min()}; they are from 0", value=self.class_ids)
+            raise InvalidArgumentError(f"class_ids holds {self.class_ids.min()}; ids must be 0 or more", value=self.class_ids)
         _set(self, "class_names", checks.names("class_names", self.class_names, count))
         if self.category_ids is not None:
             _set(self, "category_ids", checks.array("category_ids", self.category_ids, np.int64, (count,)))
@@ -83,7 +83,7 @@ class Detections:
         if self.semantic is not None:
             dtype = getattr(self.semantic, "dtype", type(self.semantic))
             if dtype not in (np.uint8, np.int16):
-                raise InvalidArgumentError(f"semantic is {dtype}; give an array of uint8 or int16", value=dtype)
+                raise InvalidArgumentError(f"semantic must be an array of uint8 or int16, not {dtype}", value=dtype)
             _set(self, "semantic", checks.array("semantic", self.semantic, np.dtype(dtype).type, size))
         if self.panoptic is not None:
             _check_panoptic(self.panoptic, count, size)
@@ -140,9 +140,11 @@ class Detections:
                 given = given.astype(np.int64)  # without elements a list has no type
             chosen = np.arange(len(self))[given]
         except (IndexError, TypeError, ValueError) as exc:
-            raise InvalidArgumentError(f"{index!r:.80} chooses none of {len(self)} detections: {exc}", value=index) from exc
+            raise InvalidArgumentError(
+                f"{index!r:.80} does not select from {len(self)} detections: {exc}", value=index
+            ) from exc
         if np.ndim(chosen) != 1:
-            raise InvalidArgumentError(f"{index!r:.80} is no list; for one detection give a list of one", value=index)
+            raise InvalidArgumentError(f"{index!r:.80} is not a list; for a single detection give a list of one", value=index)
         return chosen
 
     def polygons(self) -> list[list[list[float]]]:
@@ -242,7 +244,7 @@ class Detections:
         except ModuleNotFoundError as exc:
             raise DependencyMissingError("this needs supervision: pip install 'bentoml-detectron[draw]'") from exc
         if self.boxes.shape[1] != 4:
-            raise InvalidArgumentError("rotated boxes have no place in supervision's Detections; use boxes", value=self.boxes)
+            raise InvalidArgumentError("supervision's Detections cannot hold rotated boxes; use boxes", value=self.boxes)
         compact = None
         if self.masks is not None:
             crops = [rle_masks.crop(mask) for mask in self.masks]
@@ -292,12 +294,16 @@ def _set(target: object, name: str, value: object) -> None:
 
 def _check_panoptic(panoptic: Any, count: int, size: tuple[int, int]) -> None:
     if not isinstance(panoptic, PanopticSegmentation):
-        raise InvalidArgumentError(f"panoptic is a {type(panoptic).__name__}; give a PanopticSegmentation", value=panoptic)
+        raise InvalidArgumentError(f"panoptic must be a PanopticSegmentation, not {type(panoptic).__name__}", value=panoptic)
     if panoptic.ids.shape != size:
-        raise InvalidArgumentError(f"panoptic.ids is {panoptic.ids.shape}; the image is {size}", value=panoptic.ids.shape)
+        raise InvalidArgumentError(
+            f"panoptic.ids has the shape {panoptic.ids.shape}, but the image is {size}", value=panoptic.ids.shape
+        )
     for segment in panoptic.segments:
         if segment.detection is not None and segment.detection >= count:
-            raise InvalidArgumentError(f"panoptic: {segment} is of none of {count} detections", value=segment.detection)
+            raise InvalidArgumentError(
+                f"panoptic: {segment} does not refer to one of the {count} detections", value=segment.detection
+            )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -39,15 +39,15 @@ def array(name: str, value: Any, dtype: type[np.generic], shape: tuple[int | Non
         given = given.reshape([each or 0 for each in shape])  # an empty list
     if given.ndim != len(shape) or any(due not in (None, got) for due, got in zip(shape, given.shape, strict=True)):
         due = tuple("any" if each is None else each for each in shape)
-        raise InvalidArgumentError(f"{name} has the shape {given.shape}; it should be {due}", value=given.shape)
+        raise InvalidArgumentError(f"{name} has the shape {given.shape}; it must be {due}", value=given.shape)
     if given.size and given.dtype.kind not in ("iuf" if dtype is np.float32 else "iu"):
-        raise InvalidArgumentError(f"{name} is {given.dtype}; give {np.dtype(dtype)}", value=given.dtype)
+        raise InvalidArgumentError(f"{name} must be {np.dtype(dtype)}, not {given.dtype}", value=given.dtype)
     with np.errstate(over="ignore"):
         array: NDArray[Any] = np.asarray(given, dtype, order="C").view()
     if dtype is np.float32 and not np.isfinite(array).all():
         raise InvalidArgumentError(f"{name} holds a number that is not finite", value=name)
     if given.size and given.dtype.kind != "f" and given.dtype != dtype and not np.array_equal(array, given):
-        raise InvalidArgumentError(f"{name} holds numbers that are no {np.dtype(dtype)}", value=name)
+        raise InvalidArgumentError(f"{name} holds numbers that do not fit {np.dtype(dtype)}", value=name)
     array.flags.writeable = False
     return array
 
@@ -58,7 +58,7 @@ def boxes(given: Any, count: int) -> NDArray[np.float32]:
     if found.shape == (0, 0):
         found = array("boxes", found.reshape(0, 4), np.float32, (0, 4))
     if found.shape[1] not in (4, 5):
-        raise InvalidArgumentError(f"boxes has the shape {found.shape}; it should be ({count}, 4) or ({count}, 5)", value=given)
+        raise InvalidArgumentError(f"boxes has the shape {found.shape}; it must be ({count}, 4) or ({count}, 5)", value=given)
     return found
 
 
@@ -98,17 +98,19 @@ def names(name: str, given: Any, count: int) -> tuple[str, ...]:
             return tuple(map(str, found))
     except UnicodeEncodeError:
         pass
-    raise InvalidArgumentError(f"{name} is {given!r:.80}; give {count} strings of Unicode", value=given)
+    raise InvalidArgumentError(f"{name} is {given!r:.80}; give {count} Unicode strings", value=given)
 
 
 def masks(given: Any, count: int, size: tuple[int, int]) -> list[RLE]:
     """The masks, as dicts of their own. That their counts are well-formed is left to who reads them: it takes a while."""
     found = list(given) if isinstance(given, Iterable) else None
     if found is None or len(found) != count:
-        raise InvalidArgumentError(f"masks are {given!r:.80}; give {count}, as there are scores", value=given)
+        raise InvalidArgumentError(f"masks are {given!r:.80}; give {count}, one for each score", value=given)
     for place, mask in enumerate(found):
         if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str) or not isinstance(mask.get("size"), Sequence):
-            raise InvalidArgumentError(f"mask {place} is no RLE; give {{'size': [height, width], 'counts': '...'}}", value=mask)
+            raise InvalidArgumentError(
+                f"mask {place} is not an RLE; give {{'size': [height, width], 'counts': '...'}}", value=mask
+            )
         if tuple(mask["size"]) != size:
-            raise InvalidArgumentError(f"mask {place} is of {mask['size']!r:.80}, not of {list(size)}", value=mask["size"])
+            raise InvalidArgumentError(f"mask {place} has the size {mask['size']!r:.80}, not {list(size)}", value=mask["size"])
     return [RLE(size=list(size), counts=mask["counts"]) for mask in found]

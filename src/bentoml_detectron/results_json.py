@@ -132,34 +132,34 @@ def _parsed(text: object) -> Any:
         except (TypeError, ValueError, RecursionError) as exc:
             raise InvalidArgumentError(f"this cannot be a service's answer ({exc}); give its text", value=text) from exc
     if not isinstance(text, (str, bytes, bytearray)):
-        raise InvalidArgumentError(f"this is a {type(text).__name__}; give the text that to_json wrote", value=text)
+        raise InvalidArgumentError(f"the argument must be text written by to_json, not {type(text).__name__}", value=text)
     try:
         spelled = text if isinstance(text, str) else text.decode()
         return json.loads(spelled, object_pairs_hook=_unique, parse_constant=_constant)
     except InvalidArgumentError:
         raise
     except (ValueError, RecursionError) as exc:
-        raise InvalidArgumentError(f"this is no JSON that to_json wrote: {exc}") from exc
+        raise InvalidArgumentError(f"not JSON written by to_json: {exc}") from exc
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise InvalidArgumentError("an object has a key twice; which one counts is not known", value=[key for key, _ in pairs])
+        raise InvalidArgumentError("an object has a duplicate key, so its value is ambiguous", value=[key for key, _ in pairs])
     return found
 
 
 def _constant(name: str) -> Any:
-    raise InvalidArgumentError(f"{name} is no JSON; numbers are finite", value=name)
+    raise InvalidArgumentError(f"{name} is not JSON; numbers must be finite", value=name)
 
 
 def _unfit(name: str, value: object, due: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{name} is {reprlib.repr(value)}; it should be {due}", value=value)
+    return InvalidArgumentError(f"{name} is {reprlib.repr(value)}; it must be {due}", value=value)
 
 
 def _object(name: str, given: Any, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
     if type(given) is not dict:
-        raise InvalidArgumentError(f"{name} is a {type(given).__name__}, not an object", value=given)
+        raise InvalidArgumentError(f"{name} must be an object, not {type(given).__name__}", value=given)
     if missing := [key for key in required if key not in given]:
         raise InvalidArgumentError(f"{name} lacks {', '.join(missing)}", value=missing)
     if unknown := sorted(given.keys() - {*required, *optional}):
@@ -169,7 +169,7 @@ def _object(name: str, given: Any, required: Sequence[str], optional: Sequence[s
 
 def _list(name: str, given: Any, count: int) -> list[Any]:
     if type(given) is not list or len(given) != count:
-        raise _unfit(name, given, f"a list of {count}, as scores is")
+        raise _unfit(name, given, f"a list of {count}, the length of scores")
     return given
 
 
@@ -212,7 +212,7 @@ def _keypoints(given: Any, each: Any, count: int) -> NDArray[np.float32] | None:
     if given is None and each is None:
         return None
     if given is None or type(each) is not int or each < 0:
-        raise _unfit("keypoint_count", each, "how many keypoints a detection has, or null as keypoints is")
+        raise _unfit("keypoint_count", each, "the number of keypoints per detection, or null if keypoints is null")
     return _array("keypoints", given, np.float32, (count, each, 3))
 
 
@@ -282,4 +282,4 @@ def _check_png(content: bytes, length: int) -> None:
         position += 12 + size
     unpacking = zlib.decompressobj()
     if {*names[1:-1]} != {b"IDAT"} or len(unpacking.decompress(b"".join(rows), length + 1)) != length or not unpacking.eof:
-        raise ValueError("it has other chunks than its picture, or more or less rows")
+        raise ValueError("it has chunks other than its pixels, or the wrong number of rows")

@@ -98,15 +98,17 @@ def to_counts(rle: RLE) -> tuple[Positions, int, int]:
         InvalidArgumentError: The RLE is malformed.
     """
     if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
-        raise InvalidArgumentError("this is no RLE; give {'size': [height, width], 'counts': '...'}", value=rle)
+        raise InvalidArgumentError("not an RLE; give {'size': [height, width], 'counts': '...'}", value=rle)
     height, width = checked_size(rle["size"])
     text = rle["counts"]
     if not isinstance(text, str):
         raise InvalidArgumentError(
-            f"the RLE's counts are {type(text).__name__}; give COCO's compressed string (from bytes: .decode())", value=text
+            f"the RLE's counts must be COCO's compressed string, not {type(text).__name__} (for bytes: .decode())", value=text
         )
     if not text or len(text) > _MOST_CHARACTERS * (height * width + 1):
-        raise InvalidArgumentError(f"the RLE has {len(text)} characters for {height} x {width} pixels; encode it again")
+        raise InvalidArgumentError(
+            f"the RLE has {len(text)} characters for {height} x {width} pixels, too many; encode it again"
+        )
     values = np.frombuffer(text.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
     if not text.isascii() or values.min() < 0 or values.max() > 63:
         raise InvalidArgumentError(
@@ -115,7 +117,7 @@ def to_counts(rle: RLE) -> tuple[Positions, int, int]:
     counts = _from_groups(values)
     if counts is None or counts.min() < 0 or counts.max() > height * width or counts.sum() != height * width:
         raise InvalidArgumentError(
-            f"the RLE's counts {text[:40]!r} are not the runs of {height} x {width} pixels; encode it again", value=text
+            f"the RLE's counts {text[:40]!r} do not add up to {height} x {width} pixels; encode it again", value=text
         )
     return counts, height, width
 

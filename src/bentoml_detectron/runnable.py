@@ -46,7 +46,7 @@ def get_runnable(bento_model: bentoml.Model) -> type[bentoml.legacy.Runnable]:
     import bentoml._internal.frameworks.common.pytorch
 
     if not isinstance(bento_model, bentoml.Model):
-        raise InvalidArgumentError(f"{bento_model!r} is no bentoml.Model; give what bentoml.detectron.get gives",
+        raise InvalidArgumentError(f"{bento_model!r} is not a bentoml.Model; pass the result of bentoml.detectron.get",
                                    value=bento_model)  # fmt: skip
     check_framework(bento_model)
     options = bento_model.info.options

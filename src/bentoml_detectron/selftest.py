@@ -228,14 +228,14 @@ def compare(
     tolerance = tolerance_for(due, got)
     problems = []
     if due.image_sha256 != got.image_sha256:
-        problems.append("the self-test's image is not the one that the model was saved with")
+        problems.append("the self-test's image differs from the one that the model was saved with")
     both = due.settings.keys() & got.settings.keys()
     for name in sorted(both if other_versions else due.settings.keys() | got.settings.keys()):
         was, now = due.settings.get(name, "absent"), got.settings.get(name, "absent")
         if was != now and _WRITTEN not in (was, now):
             problems.append(f"setting {name} is {now}; it was {was}")
     if (due.detections is None) != (got.detections is None):
-        return [*problems, "the model's output is of another kind than it was"]
+        return [*problems, "the model's output is of a different kind than when it was saved"]
     problems += _compare_tensors(due.tensors, got.tensors, tolerance, other_versions)
     if due.detections is not None and got.detections is not None and due.detections != got.detections:
         problems += _compare_detections(
@@ -324,13 +324,13 @@ def _constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _compare_detections(due: Detections, got: Detections, again: Callable[[Change], Any], tolerance: Tolerance) -> list[str]:
     for name in ("masks", "keypoints", "panoptic", "semantic"):
         if (getattr(due, name) is None) != (getattr(got, name) is None):
-            return [f"there are {'no' if getattr(got, name) is None else 'now'} {name}; that was otherwise"]
+            return [f"there are {'no longer' if getattr(got, name) is None else 'now'} {name}"]
     if _kinds(due) != _kinds(got):
-        return ["the image, boxes or keypoints are of another kind than they were"]
+        return ["the image, boxes or keypoints are of a different kind than when it was saved"]
     problems = []
     names = _names(due)
     if any(names.get(key, name) != name for key, name in _names(got).items()):
-        problems.append("the class names are others than they were")
+        problems.append("the class names differ from those that it was saved with")
     least = {"detections": tolerance.matched, "semantic pixels": tolerance.labels, "panoptic pixels": tolerance.labels}
     shares = _alike(due, got, tolerance)
     if any(share < least[part] for part, share in shares.items()):
@@ -339,8 +339,8 @@ def _compare_detections(due: Detections, got: Detections, again: Callable[[Chang
             if isinstance(disturbed, Detections) and _kinds(disturbed) == _kinds(got):
                 least |= {part: min(least[part], share) for part, share in _alike(got, disturbed, tolerance).items()}
     problems += [
-        f"only {share:.1%} of the {part} are the same, {least[part]:.1%} should be; {len(due)} detections are recorded, "
-        f"{len(got)} were found"
+        f"only {share:.1%} of the {part} are the same, but {least[part]:.1%} should be; {len(due)} detections were "
+        f"recorded, {len(got)} were found"
         for part, share in shares.items()
         if share < least[part]
     ]

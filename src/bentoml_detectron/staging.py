@@ -43,8 +43,8 @@ def staged(store: Path) -> Iterator[Path]:
             area.chmod(store.stat().st_mode & 0o7777)  # whoever may save in the store shares it
         if store.stat().st_dev != area.stat().st_dev:
             raise SaveError(
-                f"{store} and {area} are on different file systems, so a model cannot appear in the store at once; set "
-                "BENTOML_HOME to a folder that is on one file system with its 'models'",
+                f"{store} and {area} are on different file systems, so a model cannot be added to the store atomically; set "
+                "BENTOML_HOME to a folder on the same file system as its 'models'",
                 value=str(store),
             )
         with _locked(area):
@@ -52,7 +52,7 @@ def staged(store: Path) -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=area))
             held = _lock(folder, fcntl.LOCK_EX)
     except OSError as exc:
-        raise SaveError(f"cannot write beside the model store {store}: {exc}", value=str(store)) from exc
+        raise SaveError(f"cannot write next to the model store {store}: {exc}", value=str(store)) from exc
     try:
         yield folder
     finally:
@@ -101,7 +101,7 @@ def check_free(store: Path, name: str, version: str) -> None:
     """
     final = store / name / version
     if final.exists():
-        raise SaveError(f"{name}:{version} is in the model store already; give a new version", value=str(final))
+        raise SaveError(f"{name}:{version} is already in the model store; give a new version", value=str(final))
 
 
 def _move_in(content: Path, final: Path, is_newer: Callable[[Path], bool]) -> None:

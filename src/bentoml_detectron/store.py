@@ -195,8 +195,8 @@ def load_both(saved: SavedModel, device_id: str, precision: Precision, **options
     others = {str(each.dtype) for each in module.parameters()} - {"torch.float32"}
     if others and (saved.manifest is None or saved.manifest.self_test is None):  # which would tell that it runs so
         raise InvalidModelError(
-            f"weights are in {', '.join(sorted(others))}, and a predictor's images in float32; save module.float(), and choose "
-            "less by precision=",
+            f"weights are {', '.join(sorted(others))}, but a predictor's images are float32; save module.float(), and choose a "
+            "lower precision when loading (--precision, precision=)",
             value=sorted(others),
         )
     ranges = None if calibration is None else int8.from_plain(calibration)
@@ -338,7 +338,7 @@ def save_model(
     """
     tag = check_new(name)
     if custom_objects is not None and not isinstance(custom_objects, Mapping):
-        raise InvalidArgumentError(f"custom_objects is a {type(custom_objects).__name__}; give a dict", value=custom_objects)
+        raise InvalidArgumentError(f"custom_objects must be a dict, not {type(custom_objects).__name__}", value=custom_objects)
     modules = code.check_external(external_modules)
     with imports.for_less():
         from bentoml_detectron.artifact import folder
@@ -349,7 +349,7 @@ def save_model(
     _compare_names(description.dataset, class_counts(module)[0])
     _warn_of_code(description, [each.__name__ for each in modules])
     if is_predictor and config is not None:
-        logger.warning("config is ignored when 'checkpointables' is a DefaultPredictor, which brings its own.")
+        logger.warning("config is ignored if 'checkpointables' is a DefaultPredictor, which has its own")
     info = _record(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
     rebuilt = check_saveable(module, description)
     tested = _self_test(module, rebuilt, description) if self_test else None
@@ -410,7 +410,7 @@ def manifest_of(bento_model: Model, saved: SavedModel) -> manifest.Manifest:
     """What a saved model says of itself; InvalidModelError where BentoML's own adapter saved it, which writes no manifest."""
     if saved.manifest is None:
         raise InvalidModelError(
-            f"BentoML's own adapter saved {bento_model.tag}; load it and save it with bentoml.detectron.save_model first",
+            f"{bento_model.tag} was saved by BentoML's own adapter; load it and save it with bentoml.detectron.save_model",
             value=str(bento_model.tag),
         )
     return saved.manifest
@@ -420,7 +420,7 @@ def _compare_names(dataset: Dataset | None, classes: int | None) -> None:
     """Warns where a dataset names more or fewer classes of things than a model has, where that is known."""
     names = (dataset and dataset.thing_classes) or []
     if dataset and names and classes and len(names) != classes:
-        logger.warning("the dataset %r names %d classes, and the model has %d", dataset.name, len(names), classes)
+        logger.warning("the dataset %r names %d classes, but the model has %d", dataset.name, len(names), classes)
 
 
 def _warn_of_code(description: Description, carried: Sequence[str]) -> None:
@@ -461,11 +461,11 @@ def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) 
     try:
         due, problems = selftest.check_rebuilt(due, rebuilt, description.input, description.dataset)
     except Exception as exc:
-        raise InvalidModelError(f"what the config builds fails where the module does not: {exc!r}") from exc
+        raise InvalidModelError(f"the model built from the config fails where the module does not: {exc!r}") from exc
     if problems:
         raise InvalidModelError(
-            f"loaded from its config, the model would not find the same: {'; '.join(problems[:5])}. Set in the config what was "
-            "changed in the module, or save it with self_test=False",
+            f"loaded from its config, the model would give other results: {'; '.join(problems[:5])}. Make the changes to the "
+            "module in the config, too, or save it with self_test=False",
             value=problems,
         )
     return due
@@ -491,7 +491,7 @@ def _record(
         isinstance(signatures, Mapping) and all(isinstance(each, (Mapping, ModelSignature)) for each in signatures.values())
     ):
         raise InvalidArgumentError(
-            f"signatures is {signatures!r:.200}; give a dict, as {{'__call__': {{'batchable': False}}}}", value=signatures
+            f"signatures is {signatures!r:.200}; give a dict, such as {{'__call__': {{'batchable': False}}}}", value=signatures
         )
     try:
         return ModelInfo(
@@ -505,7 +505,7 @@ def _record(
             context=ModelContext(framework_name="detectron2", framework_versions={"detectron2": detectron2}),
         )
     except (TypeError, ValueError, BentoMLException) as exc:
-        raise InvalidArgumentError(f"BentoML does not take these signatures, labels or metadata: {exc}") from exc
+        raise InvalidArgumentError(f"BentoML does not accept these signatures, labels or metadata: {exc}") from exc
 
 
 def _write_record(folder: Path, info: ModelInfo) -> None:
@@ -520,7 +520,7 @@ def _write_record(folder: Path, info: ModelInfo) -> None:
         _check_record(folder)
     except DetectronError as exc:
         raise InvalidArgumentError(
-            f"with these labels and metadata the model could not be loaded again: {exc}; put what is large, or a config, into "
+            f"with these labels and metadata the model could not be loaded again: {exc}; put large values, or a config, into "
             "custom_objects"
         ) from exc
 
@@ -562,12 +562,15 @@ def _is_newer(info: ModelInfo, present: Path) -> bool:
 def check_tag(tag_like: object) -> Tag:
     """A tag as BentoML's; what is none raises InvalidArgumentError."""
     if not isinstance(tag_like, (str, Tag)):
-        raise InvalidArgumentError(f"{tag_like!r} is no tag; give a name such as 'mask_rcnn', or a Tag", value=tag_like)
+        raise InvalidArgumentError(
+            f"{tag_like!r} is not a valid tag; give a name such as 'mask_rcnn', or a Tag", value=tag_like
+        )
     try:
         return Tag.from_taglike(tag_like)
     except (ValueError, BentoMLException) as exc:
         raise InvalidArgumentError(
-            f"{tag_like!r} is no tag: {exc}. Give 'name' or 'name:version', in lower case letters, digits, '_', '-' and '.'",
+            f"{tag_like!r} is not a valid tag: {exc}. Give 'name' or 'name:version', with lower-case letters, "
+            "digits, '_', '-' and '.'",
             value=tag_like,
         ) from exc
 

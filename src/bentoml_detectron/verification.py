@@ -106,19 +106,19 @@ def _file_problems(folder: Path) -> Iterator[str]:
     for name, due in content.files.items():
         try:
             if files.size(folder, name) != due.size or files.digests(folder, name)[0] != due.sha256:
-                yield f"{name} is not what was saved: its SHA-256 is not {due.sha256}"
+                yield f"{name} differs from what was saved: its SHA-256 is not {due.sha256}"
         except DetectronError as exc:
             yield _line(exc)
     for path in sorted(folder.iterdir()):
         if path.name not in content.files and path.name != manifest.MANIFEST:
-            yield f"{path.name} is not a file of this model; somebody put it there"
+            yield f"{path.name} is not a file of this model; it was added later"
 
 
 def _notes(saved: SavedModel) -> Iterator[str]:
     from bentoml_detectron.artifact import folder
 
     if saved.manifest is None:
-        yield "BentoML's own adapter saved this model: there are no digests and no self-test to compare with"
+        yield "this model was saved by BentoML's own adapter: there are no digests and no self-test to compare with"
         return
     here = folder.versions()
     for name, version in saved.manifest.versions.items():
@@ -134,7 +134,7 @@ def _self_test(saved: SavedModel, device_id: str, problems: list[str], notes: li
     if saved.manifest is None:
         return None
     if saved.manifest.input != saved.input:
-        problems.append(f"the manifest says that images go in as {saved.manifest.input}; the config says {saved.input}")
+        problems.append(f"the manifest describes the input as {saved.manifest.input}, but the config as {saved.input}")
     due = saved.manifest.self_test
     if due is None:
         notes.append("no self-test was recorded when the model was saved")
@@ -145,7 +145,7 @@ def _self_test(saved: SavedModel, device_id: str, problems: list[str], notes: li
     except DetectronError:
         raise
     except Exception as exc:  # whatever the model raises
-        problems.append(f"the self-test fails, which ran when the model was saved: {exc!r}")
+        problems.append(f"the self-test fails, although it ran when the model was saved: {exc!r}")
         return None
     if got.device != due.device:
         notes.append(f"the self-test ran on {got.device}; when the model was saved, on {due.device}")

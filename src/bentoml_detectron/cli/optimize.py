@@ -95,12 +95,12 @@ def _lines(report: Report) -> list[str]:
     times = ", ".join(f"{name} {each:.1f}" for name, each in report.milliseconds.items())
     lines = [
         f"calibrated on {report.calibrated} images",
-        f"ms an image, median of {report.compared} in turn: {times}",
+        f"ms per image, median of {report.compared} in turn: {times}",
         f"int8 is {report.times_as_fast:.2f} times as fast as fp32, by the median over the images",
     ]
     if report.alike is not None:
-        lines.append(f"{report.alike:.1%} of what is found in either of fp32 and int8 is found in both")
+        lines.append(f"{report.alike:.1%} of the detections in fp32 or int8 are found in both")
     lines += [
         f"{name}: {100 * value:.2f} in fp32, {100 * report.after[name]:.2f} in int8" for name, value in report.before.items()
     ]
-    return [*lines, *(f"kept in spite of this: {each}" for each in report.problems)]
+    return [*lines, *(f"saved in spite of this: {each}" for each in report.problems)]

@@ -33,5 +33,5 @@ def command(tag: str, device: str, trust_remote_code: bool, trusted: tuple[str, 
     if not report.has_digests:
         click.echo(f"{report.tag} loads")
         return
-    same = {True: "finds the same, to the last bit", False: "finds the same, within the tolerances", None: "loads"}
-    click.echo(f"{report.tag} is what was saved, and {same[report.identical]}")
+    same = {True: "gives identical results", False: "gives the same results, within tolerances", None: "loads"}
+    click.echo(f"{report.tag} is unchanged since it was saved, and {same[report.identical]}")

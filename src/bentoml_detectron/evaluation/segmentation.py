@@ -90,8 +90,8 @@ class Panoptic:
         odd = [(name, is_thing) for name, is_thing in self._unknown if (name, not is_thing) in self._known]
         if odd:
             self.notes.append(
-                f"{listed(repr(name) for name, _ in odd)} {'is' if len(odd) == 1 else 'are'} ignored: stuff in one of the model "
-                f"and {self._truth.source}, a thing in the other; for stuff, the file must say 'isthing': 0"
+                f"{listed(repr(name) for name, _ in odd)} {'is' if len(odd) == 1 else 'are'} ignored: stuff in one of the "
+                f"model and {self._truth.source}, a thing in the other; for stuff, the file must say 'isthing': 0"
             )
         if unknown := [
             repr(name) for name, is_thing in self._unknown if (name, is_thing) not in odd and not self._with_names[is_thing]

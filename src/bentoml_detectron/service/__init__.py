@@ -37,7 +37,9 @@ SERVED_VARIABLE = "BENTOML_DETECTRON_SERVE"
 
 _CHOSEN = "BENTOML_DETECTRON_CHOSEN_"
 """Begins the name of the environment variable by which a service's workers know the version that they serve."""
-_OVER_HTTP = "call the service over HTTP, as by bentoml.depends(url='http://127.0.0.1:3000') or bentoml.SyncHTTPClient"
+_OVER_HTTP = (
+    "call the service over HTTP, for example with bentoml.depends(url='http://127.0.0.1:3000') or bentoml.SyncHTTPClient"
+)
 _LONGEST_NAME = 63  # characters, as bentos' are
 
 logger = logging.getLogger("bentoml.detectron")
@@ -82,13 +84,13 @@ def get_service(
     try:
         model = BentoModel(bento_model.tag if isinstance(bento_model, bentoml.Model) else bento_model)
     except (ValueError, TypeError) as exc:
-        raise InvalidArgumentError(f"{bento_model!r} is no tag: {exc}", value=bento_model) from exc
+        raise InvalidArgumentError(f"{bento_model!r} is not a valid tag: {exc}", value=bento_model) from exc
     if not isinstance(settings, Settings | None):
-        raise InvalidArgumentError(f"settings is a {type(settings).__name__}; give Settings(...)", value=settings)
+        raise InvalidArgumentError(f"settings must be Settings(...), not {type(settings).__name__}", value=settings)
     for each in fields(Settings):  # BentoML takes names that it does not know without a word: a token would ask for none
         if each.name in service_config:
             raise InvalidArgumentError(
-                f"{each.name} is one of the settings; give settings=Settings({each.name}=...)", value=each.name
+                f"{each.name} belongs to the settings; give settings=Settings({each.name}=...)", value=each.name
             )
     worker = Worker(_with_token(settings or Settings()))
     service_config.setdefault("name", f"detectron-{model.tag.name}"[:_LONGEST_NAME].rstrip("-._"))
@@ -110,8 +112,8 @@ def get_service(
         def __init__(self) -> None:
             if type(self) is not service.inner:
                 raise InvalidArgumentError(
-                    f"{type(self).__name__} is made of {service.name}, and would have none of its limits and its token; add to "
-                    "that service by its mount_asgi_app, or call it over HTTP",
+                    f"{type(self).__name__} is derived from {service.name}, and would bypass its limits and its token; extend "
+                    "that service with its mount_asgi_app, or call it over HTTP",
                     value=type(self),
                 )
             _start(worker, lambda: _chosen(service, model) or self.bento_model, service_config.get("workers") or 1, prefix)
@@ -253,7 +255,7 @@ def _start(worker: Worker, find: Callable[[], bentoml.Model], workers: int | str
         worker.samples = _samples(predictor)
         worker.info = lambda: {**_info(model, predictor, settings), "path_prefix": prefix, "samples": list(worker.samples)}
         is_first = worker.engine is None or worker.engine.predictor is None
-        logger.info("%s is ready" if is_first else "%s has an instance more", model.tag)
+        logger.info("%s is ready" if is_first else "%s has one more instance", model.tag)
         return predictor
 
     def share(batch: int) -> int:

@@ -121,7 +121,7 @@ class Apart(Preparation):
             self._is_busy = time.process_time() - cpu > _BUSY * (time.perf_counter() - start)
             results, stages, self._budget = self._connection.recv()
         except (EOFError, OSError):
-            raise ModelEndedError(f"the model's process has ended ({_ending(self._process)}); ask again soon") from None
+            raise ModelEndedError(f"the model's process has ended ({_ending(self._process)}); try again soon") from None
         for stage, seconds in stages:
             observe(stage, seconds)
         if isinstance(results, Exception):
@@ -175,7 +175,7 @@ def start(
                 process.kill()
         loaded = connection.recv()
     except (EOFError, OSError):
-        ended = f"its process has ended while it loaded ({_ending(process)})"
+        ended = f"its process ended while it was loading ({_ending(process)})"
         connection.close()
         # As by the system, for want of memory, or by someone. What its own code did, it would do again.
         raise (ModelEndedError if process.returncode < 0 else DetectronError)(ended) from None
@@ -313,7 +313,7 @@ def _run(predictor: Predictor, group: list[Prepared]) -> tuple[Any, list[tuple[s
 
 
 def _no_detections() -> DetectronError:
-    return DetectronError("the model's output is none that this service can spell as JSON")
+    return DetectronError("the model's output is not Detections, so this service cannot return it as JSON")
 
 
 def _sendable(exc: Exception) -> Any:

@@ -165,7 +165,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the thread after the batch that it is at; what waits, and what comes, gets an error."""
-        self._end("the server is shutting down; ask again")
+        self._end("the server is shutting down; try again")
         # What is being decoded ends by itself, and finds that nobody will run it.
         self._decoders.shutdown(wait=False)
 
@@ -199,11 +199,11 @@ class Engine:
         if self.failure or self._ended:
             raise NotReadyError(self.failure or self._ended or "")
         if self.predictor is None or self.max_pixels is None:
-            raise NotReadyError("the model is being loaded; ask again soon")
+            raise NotReadyError("the model is still loading; try again soon")
         if self.is_full:
             raise too_many(self._entered)
         if self._pixels and self._pixels + pixels > self.max_pixels:
-            raise OverloadedError(f"{self._pixels:,} pixels wait already; ask again soon", value=self._pixels)
+            raise OverloadedError(f"{self._pixels:,} pixels are already waiting; try again soon", value=self._pixels)
 
     async def predict(self, image: bytes, wanted: Options, timing: Timing | None = None) -> Any:
         """One image's `Detections`; if the task is cancelled before its batch begins, the model never sees the image.
@@ -288,7 +288,7 @@ class Engine:
         try:
             self._observe(stage, value)
         except Exception:  # such as a full disk under Prometheus's files; that must not end the model's thread
-            logger.exception("%s cannot be counted", stage)
+            logger.exception("the metric %s cannot be recorded", stage)
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -312,9 +312,9 @@ class Engine:
                     self._fail("the model cannot be loaded", exc)
                     return
                 if not pause and self.predictor is None:
-                    self.failure = f"the model cannot be loaded: {exc}; it is tried again"
+                    self.failure = f"the model cannot be loaded: {exc}; loading will be retried"
                 pause = pause or _PAUSE
-                logger.error("the model cannot be loaded (%s); the next try is in %.0f s", exc, pause)
+                logger.error("the model cannot be loaded (%s); retrying in %.0f s", exc, pause)
                 with self._wake:
                     self._wake.wait_for(lambda: self._ended, pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -323,9 +323,9 @@ class Engine:
             try:
                 self._serve(_Instance(predictor))
             except ModelEndedError as exc:
-                logger.error("%s; it is loaded again", exc)
+                logger.error("%s; loading the model again", exc)
             except BaseException as exc:
-                self._fail("the model's thread has ended; the server has to be restarted", exc)
+                self._fail("the model's thread has ended; restart the server", exc)
                 return
             finally:
                 predictor.close()
@@ -352,7 +352,7 @@ class Engine:
             is_last = not self._threads
         # A DetectronError says what to do; where another came from helps to find out.
         logger.error(
-            reason if is_last else f"an instance less: {reason}", exc_info=None if isinstance(exc, DetectronError) else exc
+            reason if is_last else f"one instance is lost: {reason}", exc_info=None if isinstance(exc, DetectronError) else exc
         )
         if is_last:
             self.failure = reason
@@ -459,7 +459,7 @@ class Engine:
 
 def too_many(waiting: int) -> OverloadedError:
     """The error for a request that comes while as many wait as may."""
-    return OverloadedError(f"{waiting} requests wait already; ask again soon", value=waiting)
+    return OverloadedError(f"{waiting} requests are already waiting; try again soon", value=waiting)
 
 
 def _deliver(job: _Job, result: Any) -> None:

@@ -104,13 +104,13 @@ class Settings:
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
-                raise InvalidArgumentError(f"{name} is {value!r}; give a whole number, 1 or more", value=value)
+                raise InvalidArgumentError(f"{name} is {value!r}; it must be a whole number of at least 1", value=value)
         for name, least in _SECONDS.items():
             value = getattr(self, name)
             if type(value) not in (int, float) or not least <= value < math.inf:
-                raise InvalidArgumentError(f"{name} is {value!r}; give seconds, {least} or more", value=value)
+                raise InvalidArgumentError(f"{name} is {value!r}; it must be at least {least} seconds", value=value)
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
-            raise InvalidArgumentError("the token has characters that no header can hold, or is blank; give another")
+            raise InvalidArgumentError("the token is blank, or has characters that a header cannot hold; use another")
 
 
 @dataclass(slots=True)
@@ -138,7 +138,7 @@ class Worker:
         if self.engine is not None and self.engine.failure is not None:
             return self.engine.failure
         if self.engine is None or self.engine.predictor is None:
-            return "the model is being loaded; ask again soon"
+            return "the model is still loading; try again soon"
         return None
 
 
@@ -205,7 +205,7 @@ class Front:
         except DisconnectedError:
             self._count_refusal("DisconnectedError", CLIENT_CLOSED)
             # Nobody reads it, but BentoML's TimeoutMiddleware waits for an answer, and the server's end for that.
-            answer = _error(CLIENT_CLOSED, "the client left")
+            answer = _error(CLIENT_CLOSED, "the client disconnected")
         finally:
             self._held -= request.held
         answer.headers.append((b"server-timing", _server_timing(request)))
@@ -224,7 +224,9 @@ class Front:
         route = self._routes.get((method, own))
         if route is None:
             allowed = ", ".join(m for m, path in self._routes if path == own)
-            return _error(HTTPStatus.METHOD_NOT_ALLOWED, f"{scope['path']} takes {allowed}", [(b"allow", allowed.encode())])
+            return _error(
+                HTTPStatus.METHOD_NOT_ALLOWED, f"{scope['path']} allows only {allowed}", [(b"allow", allowed.encode())]
+            )
         if not self._is_authorized(scope):
             self._count_refusal("Unauthorized", HTTPStatus.UNAUTHORIZED)
             return _error(
@@ -239,7 +241,7 @@ class Front:
                 return await route(request)
         except TimeoutError:
             self._count_refusal("DeadlineError", HTTPStatus.GATEWAY_TIMEOUT)
-            return _error(HTTPStatus.GATEWAY_TIMEOUT, f"no answer within {seconds:g} seconds; ask again", self._retry_after())
+            return _error(HTTPStatus.GATEWAY_TIMEOUT, f"no answer within {seconds:g} seconds; try again", self._retry_after())
         except (OverloadedError, NotReadyError) as exc:
             self._count_refusal(type(exc).__name__, exc.error_code)
             return _error(exc.error_code, str(exc), self._retry_after())
@@ -250,7 +252,7 @@ class Front:
             raise
         except Exception:
             logger.exception("%s failed", scope["path"])
-            return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why")
+            return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "internal server error; see the server's log")
 
     def _is_authorized(self, scope: Scope) -> bool:
         token = self.worker.settings.token
@@ -321,7 +323,7 @@ class Front:
         limit = max(settings.max_held_bytes, settings.max_body_bytes)
         # A body that is too large by itself is refused for that, as it would be at any time.
         if self._held + size > limit and request.held + size <= settings.max_body_bytes:
-            raise OverloadedError(f"other requests and answers take {limit:,} bytes already; ask again soon", value=self._held)
+            raise OverloadedError(f"other requests and answers already take {limit:,} bytes; try again soon", value=self._held)
         self._held += size
         request.held += size
         return message
@@ -343,7 +345,7 @@ class Front:
         samples = self.worker.samples
         name = parse_qs(request.scope["query_string"].decode("latin-1")).get("name", [""])[0]
         if name not in samples:
-            there = f"there are {', '.join(samples)}" if samples else "this model has none"
+            there = f"available: {', '.join(samples)}" if samples else "this model has none"
             return _error(HTTPStatus.NOT_FOUND, f"there is no sample {name!r:.100}; {there}")
         return _Answer(HTTPStatus.OK, samples[name].read_bytes(), b"image/jpeg")
 

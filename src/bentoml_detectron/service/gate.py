@@ -75,7 +75,7 @@ class Gate:
             scope["headers"] = [(name, _utf8(value)) for name, value in scope["headers"]]
         if scope["type"] == "http" and not self._is_known(scope):
             known = ", ".join(sorted(self._paths))
-            await self._refuse(scope, send, HTTPStatus.NOT_FOUND, f"there is no {scope['path']!r:.200}; there are {known}")
+            await self._refuse(scope, send, HTTPStatus.NOT_FOUND, f"{scope['path']!r:.200} does not exist; available: {known}")
             return
         await self._app(scope, receive, send)
 

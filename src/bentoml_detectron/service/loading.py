@@ -61,7 +61,7 @@ def warm_up(predictor: Predictor) -> None:
         for _ in range(2):
             predictor.predict([square], [wanted])
     except Exception:  # whatever the model raises; requests will tell
-        logger.warning("the model does not run on a first image", exc_info=True)
+        logger.warning("the model fails on a warm-up image", exc_info=True)
 
 
 def _self_test(model: bentoml.Model, module: nn.Module, predictor: Predictor, *, is_same: bool) -> list[str]:
@@ -88,5 +88,5 @@ def _self_test(model: bentoml.Model, module: nn.Module, predictor: Predictor, *,
         got = selftest.record(predictor.model, predictor.input, predictor.dataset)
         found = due.model_copy(update={"detections": got.detections})  # modules, and so settings and features, are others
         again = selftest.again(predictor.model, predictor.input)
-        problems = [f"made faster, {each}" for each in selftest.compare(due, found, again=again)]
+        problems = [f"accelerated, {each}" for each in selftest.compare(due, found, again=again)]
     return problems

@@ -31,7 +31,7 @@ class Metrics:
 
         _forget_the_dead()
         self._stages = Histogram(
-            "detectron_stage_seconds", "Time of a request's stages; forward and postprocess are a batch's", ["stage"],
+            "detectron_stage_seconds", "Seconds spent in each stage of a request; forward and postprocess are per batch", ["stage"],
             buckets=SECONDS,
         )  # fmt: skip
         self._batch = Histogram("detectron_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64))
@@ -39,12 +39,14 @@ class Metrics:
             "detectron_batch_pixels", "Pixels in a batch, padding included", buckets=(1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8)
         )
         self._waiting = Gauge(
-            "detectron_requests_waiting", "Requests that are being read, wait or run", multiprocess_mode="livesum"
+            "detectron_requests_waiting", "Requests being read, waiting or running", multiprocess_mode="livesum"
         )
         self._found = Counter("detectron_detections", "Detections", ["class_name"])
         self._scores = _Histogram("detectron_scores", "Scores of detections", [i / 10 for i in range(1, 11)])
         self._empty = Counter("detectron_empty_results", "Images on which nothing was found")
-        self._refused = Counter("detectron_refused_requests", "Requests that were refused or left", ["reason", "status"])
+        self._refused = Counter(
+            "detectron_refused_requests", "Requests that were refused, or whose client disconnected", ["reason", "status"]
+        )
 
     def observe(self, stage: str, value: float) -> None:
         """Takes what the engine tells."""

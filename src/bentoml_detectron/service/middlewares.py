@@ -65,7 +65,7 @@ class Refusals:
                     endpoint=path, service_name=server_context.bento_name, service_version=server_context.bento_version,
                     http_response_code=int(HTTPStatus.SERVICE_UNAVAILABLE), runner_name=server_context.service_name,
                 ).inc(number)  # fmt: skip
-        access.info("%d requests were refused within a second, as too many waited", self._found.total())
+        access.info("%d requests were refused within one second, because too many were waiting", self._found.total())
         self._found.clear()
 
 

@@ -34,14 +34,18 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
         "info": {"title": name, "version": __version__, "description": "A Detectron2 model, served by bentoml-detectron."},
         "servers": [{"url": prefix or "/"}],
         "paths": {
-            "/predict": {"post": _call("predict", "What the model finds on an image", detections, error)},
-            "/render": {"post": _call("render", "The image with what was found drawn on it", {"image/jpeg": {}}, error)},
+            "/predict": {"post": _call("predict", "Run the model on an image and return its detections", detections, error)},
+            "/render": {
+                "post": _call(
+                    "render", "Run the model on an image and return it with the detections drawn", {"image/jpeg": {}}, error
+                )
+            },
             "/info": {
                 "get": {
                     "operationId": "info",
-                    "summary": "What the model is",
+                    "summary": "Describe the model",
                     "responses": {
-                        "200": {"description": "The model", "content": {"application/json": {"schema": _INFO}}},
+                        "200": {"description": "The model's description", "content": {"application/json": {"schema": _INFO}}},
                         **_errors(error, "401", "503"),
                     },
                 }
@@ -53,7 +57,7 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
                 "Error": {
                     "type": "object",
                     "required": ["error"],
-                    "properties": {"error": {"type": "string", "description": "What is wrong, and what to do"}},
+                    "properties": {"error": {"type": "string", "description": "What went wrong, and how to fix it"}},
                 },
                 **{key: _moved(value) for key, value in definitions.items()},
             },
@@ -75,31 +79,31 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "maxLength": 0,
         "minimum": 0,
         "maximum": 1,
-        "description": "What scores above it is given",
+        "description": "Return only detections that score above it",
     },
     "classes": {
         "type": ["array", "null", "string"],
         "maxLength": 0,
         "items": {"type": "string"},
-        "description": f"Names or ids of the classes that are given, at most {MAX_CLASSES}",
+        "description": f"Names or ids of the classes to return, at most {MAX_CLASSES}",
     },
     "top_k": {
         "type": ["integer", "null", "string"],
         "maxLength": 0,
         "minimum": 1,
         "maximum": MAX_TOP_K,
-        "description": "At most so many, the best",
+        "description": "Return at most this many detections, the highest-scoring ones",
     },
-    "masks": {"enum": ["rle", "polygon", "none"], "default": "rle", "description": "How masks are spelled"},
+    "masks": {"enum": ["rle", "polygon", "none"], "default": "rle", "description": "Format of the masks"},
 }
 _STATUSES = {
     "400": "The request or the image is malformed, or a field is out of range",
     "401": "The token is missing or wrong",
     "408": "The body took too long to arrive",
-    "413": "The body or the image is too large, or the image takes more memory than there is",
-    "415": "Neither a form nor an image of a format that is taken",
-    "503": "Too many requests wait, or the model is not loaded; ask again after Retry-After seconds",
-    "504": "No answer within the service's time; ask again",
+    "413": "The body or the image is too large, or the image needs more memory than there is",
+    "415": "Neither a form nor an image in a supported format",
+    "503": "Too many requests are waiting, or the model is not loaded; try again after Retry-After seconds",
+    "504": "No answer within the service's time limit; try again",
 }
 
 

@@ -72,7 +72,7 @@ async def read(headers: Mapping[bytes, bytes], query: bytes, receive: Receive, l
         )
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
         raise RequestError(
-            "the body has a content encoding; send it as it is", status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "the body has a Content-Encoding, which is not supported; send it unencoded", status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             value=headers[b"content-encoding"],
         )  # fmt: skip
     try:
@@ -130,7 +130,7 @@ def _query(query: bytes) -> dict[str, list[str]]:
         raise RequestError(f"the query string cannot be read: {exc}") from exc
     for name, value in pairs:
         if name not in FIELDS:
-            raise RequestError(f"unknown field {name!r:.100}; there are image, {', '.join(FIELDS)}", value=name)
+            raise RequestError(f"unknown field {name!r:.100}; known fields: image, {', '.join(FIELDS)}", value=name)
         fields.setdefault(name, []).append(value)
     return fields
 
@@ -210,21 +210,21 @@ class _Parts:
         if name == "image":
             self._take_image(content, is_file=b"filename" in options)
         elif name not in FIELDS:
-            raise RequestError(f"unknown field {name!r:.100}; there are image, {', '.join(FIELDS)}", value=name)
+            raise RequestError(f"unknown field {name!r:.100}; known fields: image, {', '.join(FIELDS)}", value=name)
         elif len(content) > MAX_FIELD:
             raise RequestError(f"the field {name!r} is larger than {MAX_FIELD:,} bytes", value=name)
         else:
             try:
                 self.fields.setdefault(name, []).append(content.decode())
             except UnicodeDecodeError as exc:
-                raise RequestError(f"the field {name!r} is no text in UTF-8", value=name) from exc
+                raise RequestError(f"the field {name!r} is not UTF-8 text", value=name) from exc
 
     def _take_image(self, content: bytes, is_file: bool) -> None:
         if self.image is not None:
-            raise RequestError("the form has two parts named 'image'; send one image a request")
+            raise RequestError("the form has two parts named 'image'; send one image per request")
         if not is_file:
             raise RequestError(
-                "'image' is a text, not a file; nothing is fetched, so send the file itself: curl -F image=@picture.jpg",
+                "'image' is text, not a file; URLs and paths are not supported, so send the file itself: curl -F image=@picture.jpg",
                 value=content[:100],
             )
         self.image = content
@@ -241,7 +241,7 @@ def _call(image: bytes, fields: Mapping[str, list[str]]) -> Call:
         call.options["score_threshold"] = threshold
     if (top_k := _number("top_k", fields)) is not None:
         if not 1 <= top_k <= MAX_TOP_K:
-            raise InvalidArgumentError(f"top_k is {top_k}; a service takes 1 to {MAX_TOP_K}", value=top_k)
+            raise InvalidArgumentError(f"top_k is {top_k}; it must be from 1 to {MAX_TOP_K}", value=top_k)
         call.options["top_k"] = int(top_k) if float(top_k).is_integer() else top_k
     if (classes := _classes(fields.get("classes", []))) is not None:
         call.options["classes"] = classes
@@ -249,7 +249,7 @@ def _call(image: bytes, fields: Mapping[str, list[str]]) -> Call:
     if masks in ("", "null"):  # as of the other fields, none
         masks = "rle"
     if masks not in MASKS:
-        raise InvalidArgumentError(f"masks is {masks!r:.100}; it is one of {', '.join(MASKS)}", value=masks)
+        raise InvalidArgumentError(f"masks is {masks!r:.100}; it must be one of {', '.join(MASKS)}", value=masks)
     call.masks = masks
     return call
 
@@ -273,7 +273,7 @@ def _number(name: str, fields: Mapping[str, list[str]]) -> float | None:
     if value is None or text == "":
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e9:
-        raise InvalidArgumentError(f"{name} is {text!r:.100}; give a number", value=text)
+        raise InvalidArgumentError(f"{name} is {text!r:.100}; it must be a number", value=text)
     return value
 
 
@@ -287,7 +287,7 @@ def _classes(given: list[str]) -> list[str | int] | None:
             return None
         if isinstance(value, list):
             if not all(isinstance(each, (str, int)) and not isinstance(each, bool) for each in value):
-                raise InvalidArgumentError(f"classes is {given[0]!r:.100}; give names and ids", value=given[0])
+                raise InvalidArgumentError(f"classes is {given[0]!r:.100}; it must hold names and ids", value=given[0])
             return _few(value)
         given = _plain(given[0]).split(",")
     return _few([each.strip() for each in given])
@@ -296,8 +296,12 @@ def _classes(given: list[str]) -> list[str | int] | None:
 def _few(classes: list[Any]) -> list[Any]:
     """The same; each is looked for among all of the model's, and stands in the message if it is not there."""
     if len(classes) > MAX_CLASSES:
-        raise InvalidArgumentError(f"classes has {len(classes):,} entries; give at most {MAX_CLASSES:,}", value=len(classes))
+        raise InvalidArgumentError(
+            f"classes has {len(classes):,} entries; at most {MAX_CLASSES:,} are allowed", value=len(classes)
+        )
     longest = max((len(each) for each in classes if isinstance(each, str)), default=0)
     if longest > MAX_CLASS_NAME:
-        raise InvalidArgumentError(f"classes has a name of {longest:,} characters; no class's is so long", value=longest)
+        raise InvalidArgumentError(
+            f"classes has a name of {longest:,} characters, which is longer than any class name", value=longest
+        )
     return classes

@@ -86,6 +86,6 @@ class _Answer:
         except TimeoutError:
             if self._transport is None or not timer.expired():
                 raise
-            logger.info("a client did not read its answer within %g seconds; its connection is closed", self._seconds)
+            logger.info("a client did not read its answer within %g seconds; closing its connection", self._seconds)
             self._transport.abort()
             await asyncio.sleep(_LOOK_SECONDS)  # until the server knows it, and expects no more of the answer
