@@ -31,7 +31,7 @@ class Metrics:
 
         _forget_the_dead()
         self._stages = Histogram(
-            "detectron_stage_seconds", "Seconds spent in each stage of a request; forward and postprocess are per batch", ["stage"],
+            "detectron_stage_seconds", "Seconds in each stage of a request; forward and postprocess are per batch", ["stage"],
             buckets=SECONDS,
         )  # fmt: skip
         self._batch = Histogram("detectron_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32, 64))

@@ -34,12 +34,8 @@ def document(name: str, prefix: str = "") -> dict[str, Any]:
         "info": {"title": name, "version": __version__, "description": "A Detectron2 model, served by bentoml-detectron."},
         "servers": [{"url": prefix or "/"}],
         "paths": {
-            "/predict": {"post": _call("predict", "Run the model on an image and return its detections", detections, error)},
-            "/render": {
-                "post": _call(
-                    "render", "Run the model on an image and return it with the detections drawn", {"image/jpeg": {}}, error
-                )
-            },
+            "/predict": {"post": _call("predict", "What the model detects on an image", detections, error)},
+            "/render": {"post": _call("render", "The image with the detections drawn on it", {"image/jpeg": {}}, error)},
             "/info": {
                 "get": {
                     "operationId": "info",

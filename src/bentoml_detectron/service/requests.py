@@ -72,7 +72,7 @@ async def read(headers: Mapping[bytes, bytes], query: bytes, receive: Receive, l
         )
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
         raise RequestError(
-            "the body has a Content-Encoding, which is not supported; send it unencoded", status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "the body has a content encoding; send it without one", status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             value=headers[b"content-encoding"],
         )  # fmt: skip
     try:
@@ -224,7 +224,7 @@ class _Parts:
             raise RequestError("the form has two parts named 'image'; send one image per request")
         if not is_file:
             raise RequestError(
-                "'image' is text, not a file; URLs and paths are not supported, so send the file itself: curl -F image=@picture.jpg",
+                "'image' is text, not a file; URLs are not supported, so send the file itself: curl -F image=@picture.jpg",
                 value=content[:100],
             )
         self.image = content
