@@ -62,7 +62,7 @@ class Server:
     def wait_for_instance(self, seconds: float = 60) -> None:
         """Until this package's server has the second instance of the model; not for ever, since it may be told to have one."""
         deadline = time.monotonic() + seconds
-        while "has an instance more" not in self.log.read_text() and time.monotonic() < deadline:
+        while "has one more instance" not in self.log.read_text() and time.monotonic() < deadline:
             time.sleep(0.2)
 
     @contextmanager

@@ -129,7 +129,7 @@ def started(folder: Path, home: Path, *command: str, **more: str) -> Iterator[Se
 def two_instances(folder: Path, home: Path) -> Iterator[Server]:
     """A server of ``service.py`` whose worker has both instances of the model, as with two threads for PyTorch."""
     with served(folder, home, OMP_NUM_THREADS="2") as server:
-        server.until(lambda: "has an instance more" in server.log)
+        server.until(lambda: "has one more instance" in server.log)
         yield server
 
 

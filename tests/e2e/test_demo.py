@@ -49,7 +49,7 @@ def test_errors_are_one_line_and_exit_status_1(tmp_path):
     assert "Traceback" not in result.stderr
     named = run("demo", "--output", "found.txt", folder=tmp_path)
     assert (named.returncode, named.stdout) == (1, "")
-    assert named.stderr.splitlines()[-1] == "Error: found.txt is no picture's name; give one as found.png as --output"
+    assert named.stderr.splitlines()[-1] == "Error: found.txt is not the name of an image file; give one, as --output found.png"
     assert "Traceback" in run("--debug", "demo", "--output", "no/such/folder/found.png", folder=tmp_path).stderr
 
 

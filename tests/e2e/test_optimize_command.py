@@ -72,11 +72,11 @@ def test_errors_are_one_line(digits_home, tmp_path, monkeypatch, arguments, mess
     [
         (["verify", "nobody"], "no Models with name 'nobody' exist"),
         (["optimize", "nobody:1", "--calibration", "IMAGES", "--name", "new"], "'nobody:1' is not found"),
-        (["optimize", "nobody:1", "--calibration", "IMAGES", "--name", "a new one"], "'a new one' is no tag"),
+        (["optimize", "nobody:1", "--calibration", "IMAGES", "--name", "a new one"], "'a new one' is not a valid tag"),
         (["optimize", "nobody:1", "--calibration", "no such folder", "--name", "new"], "no such folder"),
         (
             ["optimize", "nobody:1", "--calibration", "IMAGES", "--annotations", "no.json", "--name", "a new one"],
-            "'a new one' is no tag",
+            "'a new one' is not a valid tag",
         ),
     ],
 )

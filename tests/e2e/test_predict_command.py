@@ -43,7 +43,7 @@ def test_it_writes_several_formats_with_its_options_and_reports_what_it_cannot_u
     assert result.returncode == 3, result.stderr
     assert result.stderr.splitlines() == [
         "4 images",
-        f"{tmp_path / 'bad.jpg'}: it is text; JPEG, PNG, WebP and BMP are taken",
+        f"{tmp_path / 'bad.jpg'}: it is text; only JPEG, PNG, WebP and BMP are supported",
         "1 of them could not be used",
     ]
     assert ": 4 images, " in result.stdout
@@ -83,12 +83,12 @@ def test_list_on_stdin_and_a_second_run_meanwhile(digits_home, tmp_path):
             time.sleep(0.05)
         second = predicted(digits_home, IMAGES[0], "--output", output)
         assert (second.returncode, second.stderr.count("\n")) == (1, 1)
-        assert second.stderr.startswith(f"Error: another run writes '{output}'")
+        assert second.stderr.startswith(f"Error: another run is writing '{output}'")
         first.communicate("\n".join(map(str, IMAGES[:2])).encode(), timeout=300)
     assert first.returncode == 0
     assert {row["image_id"] for row in orjson.loads(output.read_bytes())} == {1, 2}
     again = predicted(digits_home, IMAGES[0], "--output", output)
-    assert (again.returncode, again.stderr) == (1, f"Error: {output}: there already; remove it, or give another name\n")
+    assert (again.returncode, again.stderr) == (1, f"Error: {output}: already exists; delete it, or give another name\n")
 
 
 def test_annotation_file_gives_ids_of_its_own(digits_home, tmp_path):
@@ -164,7 +164,7 @@ def test_run_that_is_interrupted_says_how_it_goes_on(digits_home, tmp_path):
             assert process.wait(60) == 130
         finally:
             process.kill()
-        assert process.stderr.read() == "Error: interrupted; --resume goes on from what is finished\n"
+        assert process.stderr.read() == "Error: interrupted; continue with --resume\n"
     assert predicted(digits_home, "-", "-o", output, "--resume", stdin=f"{IMAGES[0]}\n").returncode == 0
 
 

@@ -127,7 +127,7 @@ def test_exported_imported_elsewhere_and_verified(tag, home, tmp_path):
     bentoml(home, "models", "export", tag, archive, cwd=tmp_path)
     bentoml(other, "models", "import", archive, cwd=tmp_path)
     result = bentoml(other, "detectron", "verify", "digits:latest", cwd=tmp_path)
-    assert result.stdout == f"{tag} is what was saved, and finds the same, to the last bit\n"
+    assert result.stdout == f"{tag} is unchanged since it was saved, and gives identical results\n"
     assert result.stderr == ""
     bentoml(other, "models", "delete", tag, "--yes", cwd=tmp_path)
     assert json.loads(bentoml(other, "models", "list", "--output", "json", cwd=tmp_path).stdout) == []

@@ -103,7 +103,7 @@ def test_precision_that_the_machine_lacks_is_one_line(digits_home, tmp_path):
     paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     said = failed(digits_home, "digits", "--precision", "bf16", PYTHONPATH=paths)
     last = said.splitlines()[-1]
-    assert last == "Error: this processor does not compute in bf16; give precision='fp32'"
+    assert last == "Error: this processor does not support bf16; use --precision fp32 (precision='fp32')"
     assert "Traceback" not in said
 
 

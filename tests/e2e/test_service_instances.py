@@ -61,7 +61,7 @@ def test_worker_goes_on_while_one_is_loaded_again(server):
     assert set(statuses) <= {200, 503}
     assert statuses.count(503) <= 8  # at most its batch
     assert server.ready()[0] == 200
-    server.until(lambda: server.log.count("has an instance more") == 2)
+    server.until(lambda: server.log.count("has one more instance") == 2)
     assert len(models(server)) == 2
     assert {server.predict(IMAGE).status_code for _ in range(20)} == {200}
 

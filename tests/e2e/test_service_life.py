@@ -48,7 +48,7 @@ def tight(tmp_path_factory, digits_home) -> Iterator[Server]:
             said.add(server.ready())
             time.sleep(0.05)
         # The first of the claims about it, since no test sees it again: 503 and why, then 200, and nothing else.
-        assert said <= {(0, ""), (503, "the model is being loaded; ask again soon"), (200, "\n")}
+        assert said <= {(0, ""), (503, "the model is still loading; try again soon"), (200, "\n")}
         yield server
 
 
@@ -68,7 +68,7 @@ def test_beyond_the_queue_503_and_when_to_ask_again(tight):
     assert done
     for each in refused:
         assert 1 <= int(each.headers["retry-after"]) <= 60
-        assert "wait already" in each.json()["error"]
+        assert "are already waiting" in each.json()["error"]
     # What was refused was never at the model.
     assert len(done) <= tight.metrics()["detectron_batch_images_sum"] - before <= len(done) + len(late)
     assert tight.metrics()['detectron_refused_requests_total{reason="OverloadedError",status="503"}'] >= len(refused)
@@ -110,9 +110,9 @@ def test_answers_that_nobody_reads_take_no_more_memory_than_they_may_and_not_for
     Image.fromarray(noise).save(buffer, "JPEG", quality=25)  # its answer has 4 MB, more than the system keeps
     assert buffer.tell() < 2_000_000
     connections = [tight.unread("/render", buffer.getvalue())]
-    tight.until(lambda: "other requests and answers take 3,000,000 bytes already" in tight.predict(IMAGE).text, 20)
+    tight.until(lambda: "other requests and answers already take 3,000,000 bytes" in tight.predict(IMAGE).text, 20)
     tight.until(lambda: tight.predict(IMAGE).status_code == 200, 30)
-    assert "a client did not read its answer within 8 seconds; its connection is closed" in tight.log
+    assert "a client did not read its answer within 8 seconds; closing its connection" in tight.log
     assert "Traceback" not in tight.log
     assert "ASGI" not in tight.log
     for each in connections:

@@ -126,7 +126,7 @@ def test_error_that_cannot_be_read_back_comes_by_its_name(oddly):
 def test_what_are_no_detections_is_an_error_in_its_place(oddly):
     (found,) = run(oddly, odd.NO_DETECTIONS)
     assert isinstance(found, DetectronError)
-    assert "none that this service can spell" in str(found)
+    assert "this service cannot return it as JSON" in str(found)
 
 
 def test_model_leaves_a_core_to_a_worker_that_is_busy_and_takes_it_back(odd_model, monkeypatch):
@@ -203,7 +203,7 @@ def test_model_that_ends_its_process_as_it_is_loaded_is_an_error(odd_model, monk
 
 def test_process_that_a_signal_ends_as_it_loads_may_be_started_again(odd_model, monkeypatch):
     monkeypatch.setattr(apart, "START", "import os; os.kill(os.getpid(), 9)  # {}")
-    with pytest.raises(ModelEndedError, match=r"while it loaded \(SIGKILL\)"):
+    with pytest.raises(ModelEndedError, match=r"while it was loading \(SIGKILL\)"):
         apart.start(odd_model, Settings(trusted=("odd",)), 1)
 
 
@@ -220,7 +220,7 @@ def test_process_that_says_why_and_does_not_end_is_no_signal_s(odd_model, monkey
 
 def test_process_that_is_no_more_before_the_model_is_loaded_is_an_error(odd_model, monkeypatch):
     monkeypatch.setattr(apart, "START", "import os; os.close({}); os._exit(7)")
-    with pytest.raises(DetectronError, match=r"ended while it loaded \(status 7\)"):
+    with pytest.raises(DetectronError, match=r"ended while it was loading \(status 7\)"):
         apart.start(odd_model, Settings(), 1)
 
 
@@ -242,7 +242,7 @@ def test_engine_loads_a_model_again_whose_process_has_ended(digits):
                 await engine.predict(IMAGES[0], engine.predictor.options())
             while engine.predictor is not None and engine.predictor is made[0]:
                 await asyncio.sleep(0.01)
-            with pytest.raises(NotReadyError, match="being loaded"):
+            with pytest.raises(NotReadyError, match="still loading"):
                 engine.admit()
             await engine.loaded()
             assert len(await engine.predict(IMAGES[0], engine.predictor.options())) == len(first)
@@ -283,6 +283,6 @@ def test_one_instance_is_all_where_memory_is_short(demo_predictor, monkeypatch):
 def test_model_that_is_not_wanted_any_more_is_not_loaded_to_its_end(odd_model, monkeypatch):
     monkeypatch.setattr(apart, "START", "import time; time.sleep(600)  # {}")
     start = time.monotonic()
-    with pytest.raises(DetectronError, match="ended while it loaded"):
+    with pytest.raises(DetectronError, match="ended while it was loading"):
         apart.start(odd_model, Settings(), 1, is_closed=lambda: time.monotonic() > start + 1)
     assert time.monotonic() < start + 60

@@ -67,7 +67,7 @@ def test_options_are_those_of_the_predictor(mixed, predictor):
         predict(predictor, mixed, classes=["nine"])
     with pytest.raises(errors.InvalidArgumentError, match="chunk is 0"):
         predict(predictor, mixed, chunk=0)
-    with pytest.raises(errors.InvalidArgumentError, match="a device, a precision and limits already"):
+    with pytest.raises(errors.InvalidArgumentError, match="already has a device, a precision and limits"):
         predict(predictor, mixed, precision="bf16")
     with pytest.raises(errors.InvalidArgumentError, match="its code is loaded"):
         predict(predictor, mixed, trusted=["my_package"])
@@ -158,7 +158,9 @@ class Breaking(Predictor):
 def test_model_that_works_no_more_ends_the_run_and_is_no_fault_of_the_images(predictor, good, due):
     failures: list[Failure] = []
     found = []
-    with pytest.raises(errors.DetectronError, match=r"^the model works no more \(RuntimeError: CUDA error: unspecified launch"):
+    with pytest.raises(
+        errors.DetectronError, match=r"^the model stopped working \(RuntimeError: CUDA error: unspecified launch"
+    ):
         found += predict(Breaking(predictor, good), itertools.cycle(demo.images()), chunk=1, on_error=failures.append)
     assert len(found) == due
     assert len(failures) == (0 if due else 19)
@@ -172,7 +174,7 @@ def test_machine_that_can_read_no_file_any_more_ends_the_run(tmp_path, predictor
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
         with pytest.raises(
-            errors.DetectronError, match=r"cannot open '.*\.jpg' \(Too many open files\); what is finished is kept"
+            errors.DetectronError, match=r"cannot open '.*\.jpg' \(Too many open files\); finished work is kept"
         ):
             list(results)
     finally:
@@ -199,7 +201,7 @@ def test_run_whose_storage_is_gone_goes_on_when_it_is_back(tmp_path, saved, kind
                 mounted.rename(tmp_path / "unmounted")
 
     run = (saved, source, tmp_path / "found.jsonl")
-    with pytest.raises(errors.DetectronError, match=rf"'{mounted}/\S+', which was there, is gone; what is finished is kept"):
+    with pytest.raises(errors.DetectronError, match=rf"'{mounted}/\S+', which was read before, is gone; finished work is kept"):
         write(*run, image_root=mounted, chunk=2, progress=Unmounts())
     (tmp_path / "unmounted").rename(mounted)
     report = write(*run, image_root=mounted, chunk=2, resume=True)
@@ -211,7 +213,7 @@ def test_run_whose_model_works_no_more_goes_on_where_it_was(tmp_path, saved, mix
     load = bentoml_detectron.store.load_predictor
     with monkeypatch.context() as patch:
         patch.setattr("bentoml_detectron.store.load_predictor", lambda *given, **named: Breaking(load(*given, **named), 5))
-        with pytest.raises(errors.DetectronError, match=r"the model works no more.*go on with --resume"):
+        with pytest.raises(errors.DetectronError, match=r"the model stopped working.*continue with --resume"):
             write(saved, mixed, tmp_path / "found.jsonl", chunk=2)
     assert write(saved, mixed, tmp_path / "found.jsonl", chunk=2, resume=True).resumed >= 2
     write(saved, mixed, tmp_path / "whole.jsonl", chunk=2)
@@ -233,7 +235,7 @@ def test_parquet_gives_what_its_images_give(tmp_path, mixed, predictor, due):
     found = list(predict(predictor, path, chunk=CHUNK, on_error=failures.append))
     assert [each.detections for each in found] == [each.detections for each in due]
     assert [each.file_name for each in found] == [Path(each.file_name).name for each in due]
-    assert [(each.file_name, each.reason) for each in failures] == [("none", "there is nothing in its row")]
+    assert [(each.file_name, each.reason) for each in failures] == [("none", "its row holds no image")]
 
 
 class Told(Progress):
@@ -265,7 +267,7 @@ def test_all_formats_at_once_hold_what_predict_gives(tmp_path, mixed, saved):
     assert (report.images, report.failures, report.resumed) == (11, 1, 0)
     assert 0 < report.busy <= 1
     assert (told.started, told.images) == ([(11, 0)], 11)
-    assert told.failures == [f"{tmp_path / 'bad.jpg'}: it is text; JPEG, PNG, WebP and BMP are taken"]
+    assert told.failures == [f"{tmp_path / 'bad.jpg'}: it is text; only JPEG, PNG, WebP and BMP are supported"]
     rows = [row for each in due for row in each.detections.to_coco(each.image_id)]
     assert orjson.loads(outputs[0].read_bytes()) == rows
     assert [Prediction.from_json(line) for line in outputs[1].read_bytes().splitlines()] == due
@@ -310,7 +312,9 @@ def test_classes_without_a_category_are_told(tmp_path, saved):
     root = demo.images()[0].parent
     truth["categories"] = [{"id": 7, "name": "0"}, {"id": 3, "name": "1"}]
     (tmp_path / "truth.json").write_text(json.dumps({**truth, "images": truth["images"][:2]}))
-    with pytest.raises(errors.InvalidArgumentError, match=r"no category for [^;]*, and others have the ids"):
+    with pytest.raises(
+        errors.InvalidArgumentError, match=r"no category for [^;]*, and uses the ids of these classes for others"
+    ):
         write(saved, tmp_path / "truth.json", tmp_path / "found.json", image_root=root)
     assert not (tmp_path / "found.json.parts").exists()
     write(saved, tmp_path / "truth.json", tmp_path / "found.json", image_root=root, classes=["0", "1"])
@@ -340,7 +344,7 @@ def test_model_without_names_keeps_its_ids_and_that_is_said(tmp_path, saved, cap
     (tmp_path / "truth.json").write_text(json.dumps(demo.ground_truth()))
     write(nameless, tmp_path / "truth.json", tmp_path / "found.json", image_root=demo.images()[0].parent)
     assert min(row["category_id"] for row in orjson.loads((tmp_path / "found.json").read_bytes())) == 0
-    assert "carries no class names, so its own ids stay" in caplog.text
+    assert "has no class names, so its own ids are kept" in caplog.text
 
 
 def test_run_that_writes_below_its_source_goes_on(tmp_path, saved, mixed):
@@ -397,7 +401,7 @@ def test_limits_are_the_callers(tmp_path, saved, mixed):
     assert report.failures == sum(np.prod(Image.open(path).size) > few.max_pixels for path in mixed.iterdir()) > 0
     with pytest.raises(errors.ImageTooLargeError, match="28,800"):
         list(predict(saved, mixed, limits=few))
-    with pytest.raises(errors.InvalidArgumentError, match="limits already"):
+    with pytest.raises(errors.InvalidArgumentError, match="already has a device, a precision and limits"):
         predict(load_predictor(saved), mixed, limits=few)
 
 
@@ -419,7 +423,7 @@ def test_run_does_not_go_on_with_another_model_of_the_same_tag(tmp_path, mixed):
     with torch.no_grad():
         next(predictor.model.parameters()).mul_(1.01)
     save_model("dataset-again:1", predictor)
-    with pytest.raises(errors.OutputError, match=r"the unfinished run in .* is another one: fingerprint was"):
+    with pytest.raises(errors.OutputError, match=r"the unfinished run in .* is a different one: fingerprint was"):
         write(tag, mixed, tmp_path / "found.jsonl", chunk=2, resume=True)
 
 
@@ -445,13 +449,15 @@ def test_outputs_may_have_names_that_are_no_utf_8(tmp_path, saved, mixed):
 def test_what_is_there_is_not_overwritten(tmp_path, saved, mixed):
     output = tmp_path / "found.jsonl"
     output.write_text("precious")
-    with pytest.raises(errors.OutputError, match="there already"):
+    with pytest.raises(errors.OutputError, match="already exists"):
         write(saved, mixed, output)
-    with pytest.raises(errors.OutputError, match="there already"):
+    with pytest.raises(errors.OutputError, match="already exists"):
         write(saved, mixed, [output, tmp_path / "more.json"], resume=True)
     assert write(saved, mixed, output, resume=True).images == 0
     assert output.read_text() == "precious"
-    with pytest.raises(errors.OutputError, match="/dev/null: no regular file can appear there; give another name"):
+    with pytest.raises(
+        errors.OutputError, match="/dev/null: not a regular file or folder, so it cannot be replaced; give another name"
+    ):
         write(saved, mixed, tmp_path / "new.jsonl", errors="/dev/null")
     assert [each.name for each in tmp_path.iterdir()] == ["found.jsonl"]
 
@@ -471,18 +477,18 @@ def test_unfinished_run_goes_on_only_with_the_same_arguments(tmp_path, saved, mi
     with pytest.raises(Ended):
         write(saved, mixed, output, chunk=2, progress=Ending(7))
     assert not output.exists()
-    with pytest.raises(errors.OutputError, match="an unfinished run is in"):
+    with pytest.raises(errors.OutputError, match="holds an unfinished run; continue it"):
         write(saved, mixed, output, chunk=2)
     for change, match in [
         ({"top_k": 3}, "top_k was None, and is 3"),
-        ({"chunk": 3}, "chunk was 2, and is 3"),
+        ({"chunk": 3}, "chunk was 2, but is now 3"),
         ({"source": sorted(mixed.iterdir())[1:]}, "sources was"),
         ({"outputs": [output, tmp_path / "more.json"]}, "outputs was"),
     ]:
         arguments = {"source": mixed, "outputs": output, "chunk": 2, **change}
         with pytest.raises(errors.OutputError, match=match):
             write(saved, resume=True, **arguments)
-    with pytest.raises(errors.OutputError, match="an unfinished run is in"):
+    with pytest.raises(errors.OutputError, match="holds an unfinished run; continue it"):
         write(saved, mixed, output, chunk=2, top_k=1)
     told = Told()
     report = write(saved, mixed, output, chunk=2, resume=True, progress=told)

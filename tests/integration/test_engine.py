@@ -180,7 +180,7 @@ def test_full_queue_refuses_at_once(held):
         engine = await started(held, max_queue=2)
         tasks = [await busy(engine, held), asyncio.create_task(engine.predict(IMAGE, held.options()))]
         await until(queued(engine, 1))
-        with pytest.raises(OverloadedError, match="2 requests wait already"):
+        with pytest.raises(OverloadedError, match="2 requests are already waiting"):
             engine.admit()
         with pytest.raises(OverloadedError):
             await engine.predict(IMAGE, held.options())
@@ -204,7 +204,7 @@ def test_pixels_are_counted_before_an_image_is_decoded(held, kind):
         await until(queued(engine, 1))
         assert engine.waiting_pixels == 192 * 192 + 416 * 608
         held.prepare = None  # to decode the next would be an error
-        with pytest.raises(OverloadedError, match="289,792 pixels wait already"):
+        with pytest.raises(OverloadedError, match="289,792 pixels are already waiting"):
             await engine.predict(encoded(400, 600, kind), held.options())
         del held.prepare
         held.go.release(2)
@@ -332,7 +332,7 @@ def test_model_that_cannot_be_loaded_again_at_once_is_loaded_later(held, monkeyp
     def load() -> Predictor:
         loads.append(None)
         if len(loads) in (2, 3):
-            raise DetectronError("its process has ended while it loaded")
+            raise DetectronError("its process ended while it was loading")
         return held
 
     def ends(group: list[Any]) -> None:
@@ -447,8 +447,8 @@ def test_end_of_the_models_thread_is_said_and_nobody_waits_for_ever(held):
                 async with asyncio.timeout(30):
                     await task
         assert engine.predictor is None
-        assert "the server has to be restarted" in engine.failure
-        with pytest.raises(NotReadyError, match="has to be restarted: out"):
+        assert "restart the server" in engine.failure
+        with pytest.raises(NotReadyError, match="restart the server: out"):
             engine.admit()
 
     asyncio.run(main())
@@ -533,7 +533,7 @@ def test_nothing_is_left_of_a_batch_that_is_done(held):
 def test_model_whose_process_was_killed_as_it_loaded_is_loaded_again(held, monkeypatch, caplog):
     """As by the system, for want of memory; meanwhile others may be ready, and it is said why this one is not."""
     monkeypatch.setattr("bentoml_detectron.service.engine._PAUSE", 0.2)
-    failures = [ModelEndedError("its process has ended while it loaded (SIGKILL)")] * 2
+    failures = [ModelEndedError("its process ended while it was loading (SIGKILL)")] * 2
 
     def load() -> Held:
         if failures:
@@ -544,7 +544,7 @@ def test_model_whose_process_was_killed_as_it_loaded_is_loaded_again(held, monke
         engine = Engine(load, Told(), max_queue=1)
         async with asyncio.timeout(30):
             await engine.loaded()
-        assert engine.failure.endswith("ended while it loaded (SIGKILL); it is tried again")
+        assert engine.failure.endswith("ended while it was loading (SIGKILL); loading will be retried")
         with pytest.raises(NotReadyError, match="SIGKILL"):
             engine.admit()
         await until(lambda: engine.predictor is not None)

@@ -577,11 +577,11 @@ class TestAutocast:
     def test_devices_that_do_not_compute_in_a_precision_are_named(self):
         meta = torch.device("meta")
         engines.check("fp32", meta)
-        with pytest.raises(InvalidArgumentError, match=r"^meta, .* does not compute in bf16; give precision='fp32'"):
+        with pytest.raises(InvalidArgumentError, match=r"^meta, .* does not support bf16; use --precision fp32"):
             engines.check("bf16", meta)
-        with pytest.raises(InvalidArgumentError, match="fp16 is for GPUs, not for cpu; give precision='fp32'"):
+        with pytest.raises(InvalidArgumentError, match="fp16 needs a GPU, not cpu; use --precision fp32"):
             engines.check("fp16")
-        with pytest.raises(InvalidArgumentError, match="int8 is for the CPU, not for cuda:0; give precision='bf16'"):
+        with pytest.raises(InvalidArgumentError, match="int8 needs the CPU, not cuda:0; use --precision bf16"):
             engines.check("int8", torch.device("cuda:0"))
 
 
@@ -604,7 +604,7 @@ class TestGpu:
         device = torch.device("cuda:0")
         assert engines.has_bf16(device) == (torch.cuda.get_device_capability(device) >= (8, 0))
         if not engines.has_bf16(device):
-            with pytest.raises(InvalidArgumentError, match="give precision='fp32'"):
+            with pytest.raises(InvalidArgumentError, match=r"use --precision fp32 \(precision='fp32'\)"):
                 engines.check("bf16", device)
 
     @pytest.mark.parametrize("precision", engines.HALVES)
@@ -808,7 +808,7 @@ def test_part_with_a_forward_bound_to_its_own_modules_stays(caplog):
     block = model.backbone.bottom_up.res3[0]
     block.forward = lambda x, own=block: type(own).forward(own, x)
     fast = engines.accelerated(model, "fp32")
-    assert "backbone does not run in fp32; it stays as it is" in caplog.text
+    assert "backbone does not run in fp32; it runs unaccelerated" in caplog.text
     nn.init.zeros_(block.conv1.weight)  # it is the same still
     given = torch.rand(1, 3, 64, 96)
     with torch.inference_mode():

@@ -143,9 +143,9 @@ class TestWeights:
         ("overrides", "message"),
         [
             (("MODEL.WEIGHTS", ""), "names no weights; give a local"),
-            (("MODEL.WEIGHTS", "detectron2://x/model.pkl"), "from which training began.*as --weights output/model_final.pth"),
-            (("MODEL.WEIGHTS", "https://127.0.0.1:9/model.pth"), "nothing is downloaded here"),
-            (("MODEL.WEIGHTS", "no/such.pth"), "no file of weights 'no/such.pth'"),
+            (("MODEL.WEIGHTS", "detectron2://x/model.pkl"), "training started from.*such as --weights output/model_final.pth"),
+            (("MODEL.WEIGHTS", "https://127.0.0.1:9/model.pth"), "nothing is downloaded"),
+            (("MODEL.WEIGHTS", "no/such.pth"), "no weights file 'no/such.pth'"),
         ],
     )
     def test_weights_that_are_not_here(self, overrides, message, files):
@@ -204,12 +204,12 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["MODEL.NOTHING", "1"], "MODEL.NOTHING 1 cannot be applied: there is no key MODEL.NOTHING; give a key"),
+            (["MODEL.NOTHING", "1"], "MODEL.NOTHING 1 is not valid: there is no key MODEL.NOTHING; give a key"),
             (["MODEL.ROI_HEADS.SCORE_THRESH", "1"], r"did you mean MODEL\.ROI_HEADS\.SCORE_THRESH_TEST\?"),
-            (["MODEL.ROI_HEADS.NUM_CLASSES", "many"], "cannot be applied: ValueError.*a value of its type"),
+            (["MODEL.ROI_HEADS.NUM_CLASSES", "many"], "is not valid: .*a value of the right type"),
             (["INPUT.FORMAT"], "INPUT.FORMAT has no value; give KEY VALUE pairs"),
             (["--name", "x"], "--name comes after the overrides; give options before"),
-            (["_BASE_", "x"], "_BASE_ x cannot be applied"),
+            (["_BASE_", "x"], "_BASE_ x is not valid"),
         ],
     )
     def test_overrides_that_are_none(self, overrides, message, files):
@@ -228,7 +228,7 @@ class TestConfig:
 
     def test_config_that_is_not_there(self, files):
         for name in ("no/such.yaml", "https://127.0.0.1:9/config.yaml", "COCO-Detection/none.yaml"):
-            with pytest.raises(errors.InvalidArgumentError, match="give a local file, or a name of Detectron2's model zoo"):
+            with pytest.raises(errors.InvalidArgumentError, match="give a local file, or a name from Detectron2's model zoo"):
                 from_files.build(name, str(files / "model.pth"))
 
     def test_keys_of_a_project_say_what_to_do(self, files, tmp_path):
@@ -296,8 +296,8 @@ class TestLazyConfig:
             from_files.build(str(lazy / "config.py"), str(lazy / "model.pth"), overrides, trust_remote_code=True)
 
     def test_what_fails_in_the_file_is_said(self, lazy, tmp_path):
-        for text, message in (("import no_such_module", "name their folder in PYTHONPATH"), ("model = (", "cannot be run"),
-                              ("x = 7", "without a '_target_'")):  # fmt: skip
+        for text, message in (("import no_such_module", "add their folder to PYTHONPATH"), ("model = (", "cannot be run"),
+                              ("x = 7", "has neither a '_target_'")):  # fmt: skip
             (tmp_path / "config.py").write_text(text)
             with pytest.raises(errors.InvalidArgumentError, match=message):
                 from_files.build(str(tmp_path / "config.py"), str(lazy / "model.pth"), trust_remote_code=True)
@@ -348,13 +348,13 @@ class TestClasses:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{", "is no JSON"),
-            ("[]", "has no categories"),
-            ('{"categories": []}', "has no categories"),
-            ('{"categories": [{"id": 1}]}', "some that are none"),
-            ('{"categories": [{"id": true, "name": "a"}]}', "some that are none"),
-            ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "two categories with one id"),
-            ('{"categories": [{"id": 1, "name": "a"}]}', "has 1 categories for the model's 5 classes"),
+            ("{", "is not JSON"),
+            ("[]", "has no valid list of categories"),
+            ('{"categories": []}', "has no valid list of categories"),
+            ('{"categories": [{"id": 1}]}', "has no valid list of categories"),
+            ('{"categories": [{"id": true, "name": "a"}]}', "has no valid list of categories"),
+            ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "two categories with the same id"),
+            ('{"categories": [{"id": 1, "name": "a"}]}', "has 1 categories, but the model has 5 classes"),
         ],
     )
     def test_files_that_do_not_fit(self, text, message, files, tmp_path):
@@ -389,7 +389,7 @@ class TestClasses:
             )
 
         if stuff is None:
-            with pytest.raises(errors.InvalidArgumentError, match="leave --classes-from away"):
+            with pytest.raises(errors.InvalidArgumentError, match="omit --classes-from"):
                 build()
             return
         saved = bentoml.detectron.save_model("stuff", build().checkpointables)

@@ -214,7 +214,7 @@ def test_last_one_that_fails_is_the_engines_failure(make):
                 await lost
             await until(lambda: len(engine._instances) < 2)
         await until(lambda: engine.failure)
-        with pytest.raises(NotReadyError, match="has to be restarted: out"):
+        with pytest.raises(NotReadyError, match="restart the server: out"):
             engine.admit()
 
     run(make, main)

@@ -59,7 +59,7 @@ def test_the_new_model_holds_its_report_and_is_whole(digits, optimized):
 
 
 def test_a_version_that_exists_is_told_before_any_work(digits, optimized):
-    with pytest.raises(errors.SaveError, match="is in the model store already; give a new version"):
+    with pytest.raises(errors.SaveError, match="is already in the model store; give a new version"):
         optimize(digits, ["none.jpg"], name=str(optimized[0].tag))
 
 
@@ -92,14 +92,14 @@ def test_an_image_that_cannot_be_used_is_named(digits, tmp_path):
     with pytest.raises(errors.UnsupportedImageError, match=rf"^{tmp_path}/bad\.jpg: it is text"):
         optimize(digits, [demo.images()[0], tmp_path / "bad.jpg"], name="none")
     for wrong in (iter(demo.images()), str(demo.images()[0]), np.zeros((2, 9, 9, 3), np.uint8)):
-        with pytest.raises(errors.InvalidArgumentError, match="give a list of images"):
+        with pytest.raises(errors.InvalidArgumentError, match="images must be a list, not "):
             optimize(digits, wrong, name="none")
 
 
 def test_a_model_that_gives_no_detections_is_told_so():
     cfg = tiny_cfg("GivingNumbers")
     saved = bentoml.detectron.save_model("numbers", built(cfg), cfg)
-    with pytest.raises(errors.InvalidModelError, match="the model gives a dict, which is no detections"):
+    with pytest.raises(errors.InvalidModelError, match="the model must give Detections, not dict"):
         optimize(saved, demo.images()[:2], name="none")
 
 
@@ -164,7 +164,7 @@ def test_no_images_are_refused(digits):
     [
         ({}, None),
         ({"times_as_fast": 0.99}, "slower than fp32"),
-        ({"alike": LEAST_ALIKE - 0.01}, "94.0% of what it finds"),
+        ({"alike": LEAST_ALIKE - 0.01}, "94.0% of its detections"),
         ({"alike": 0.1, "before": {"box AP": 0.5}, "after": {"box AP": 0.5 - MOST_LOST + 1e-6}}, None),
         ({"before": {"box AP": 0.5}, "after": {"box AP": 0.5 - MOST_LOST - 1e-6}}, "box AP falls"),
         ({"before": {"box AP": 0.5, "mask AP": 0.5}, "after": {"box AP": 0.6}}, "mask AP falls by 50.00"),
@@ -204,5 +204,5 @@ class TestAuto:
 def test_a_calibration_that_is_none_is_refused(digits, tmp_path, wrong):
     content = manifest.read(open_model(digits).folder).model_dump(mode="json")
     (tmp_path / manifest.MANIFEST).write_bytes(manifest.spell({**content, "calibration": {"backbone": wrong}}))
-    with pytest.raises(errors.CorruptFileError, match="is no manifest"):
+    with pytest.raises(errors.CorruptFileError, match="is not a valid manifest"):
         manifest.read(tmp_path)

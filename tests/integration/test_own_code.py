@@ -599,7 +599,7 @@ class TestOtherModulesOfThatName:
 
         assert_same(outputs(bentoml.detectron.load_model(saved, trust_remote_code=True)), expected)
         assert_same(outputs(bentoml.detectron.load_model(saved, trust_remote_code=True)), expected)
-        with pytest.raises(errors.InvalidModelError, match=r"brings another 'ownpkg' along .* a process of its own") as caught:
+        with pytest.raises(errors.InvalidModelError, match=r"the 'ownpkg' bundled with .* a process of its own") as caught:
             bentoml.detectron.load_model(other, trust_remote_code=True)
         assert caught.value.value == "ownpkg"
         source.forget()
@@ -659,7 +659,7 @@ class TestOtherModulesOfThatName:
         saved, _, source = carried
         source.write(factor=2.0)
         package = source.imported()
-        with pytest.warns(UserWarning, match="has imported another 'ownpkg'") as caught:
+        with pytest.warns(UserWarning, match="has already imported a 'ownpkg' that differs") as caught:
             bentoml.detectron.load_model(saved, trust_remote_code=True)
         assert caught[0].filename == __file__
         assert sys.modules["ownpkg"] is package
@@ -694,14 +694,14 @@ class TestRefusedAtSave:
 
     @pytest.mark.parametrize("module", ["ownpkg", None, 7, types.SimpleNamespace(__name__="ownpkg")], ids=str)
     def test_what_is_no_module(self, module):
-        self.refused(module, "give modules, as imported")
+        self.refused(module, "pass imported modules")
 
     def test_main(self):
         self.refused(sys.modules["__main__"], "module of its own")
 
     @pytest.mark.parametrize("name", ["sys", "json", "math", "_json"])
     def test_python_s_own(self, name):
-        self.refused(importlib.import_module(name), "every Python has")
+        self.refused(importlib.import_module(name), "comes with Python")
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["numpy", "torch", "yaml._yaml"])
@@ -713,7 +713,7 @@ class TestRefusedAtSave:
         module = types.ModuleType("owncompiled")
         module.__file__ = sys.modules["numpy._core._multiarray_umath"].__file__
         monkeypatch.setitem(sys.modules, "owncompiled", module)
-        self.refused(module, r"no source file .* no \.py file")
+        self.refused(module, r"no source file .* not a \.py file")
 
     def test_module_made_in_memory(self, monkeypatch):
         module = types.ModuleType("ownmade")

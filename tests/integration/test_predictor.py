@@ -278,7 +278,7 @@ class TestOutOfMemory:
         predictor = of(tiny_cfg(), self.greedy(0))
         found = predictor([picture(64, 80), picture(64, 80)], errors="collect")
         assert all(isinstance(each, errors.OutOfMemoryError) for each in found)
-        with pytest.raises(errors.OutOfMemoryError, match="image 0: 80x64 takes more memory than there is"):
+        with pytest.raises(errors.OutOfMemoryError, match="image 0: 80x64 needs more memory than is available"):
             predictor([picture(64, 80)])
 
     def test_results_that_take_too_much_beside_others_are_made_alone(self, monkeypatch):
@@ -790,12 +790,12 @@ class TestArguments:
 
     @pytest.mark.parametrize("images", ["a.jpg", b"\xff\xd8", np.zeros((4, 4, 3), np.uint8), 3, iter([])])
     def test_images_that_are_no_list(self, images, demo_predictor):
-        with pytest.raises(errors.InvalidArgumentError, match="give a list of images"):
+        with pytest.raises(errors.InvalidArgumentError, match="images must be a list, not "):
             of(demo_predictor.cfg, demo_predictor.model)(images)
 
     def test_model_that_needs_proposals(self):
         predictor = of(zoo_config(ZOO["Fast R-CNN, FPN"]))
-        with pytest.raises(errors.InvalidArgumentError, match="takes boxes that others have proposed"):
+        with pytest.raises(errors.InvalidArgumentError, match="needs precomputed box proposals"):
             predictor([picture()])
 
     @pytest.mark.parametrize(
@@ -893,7 +893,7 @@ def test_image_larger_than_the_square_that_a_model_pads_to_is_refused():
     predictor = of(tiny_cfg(), module)
     predictor.prepare(picture(48, 72), predictor.options())
     predictor.input = Input(format="BGR", min_size_test=128, max_size_test=128)
-    with pytest.raises(errors.ImageError, match="80x64 is 128x102 at the model's size, and the model takes 96 pixels a side"):
+    with pytest.raises(errors.ImageError, match="80x64 is scaled to 128x102, but the model takes at most 96 pixels per side"):
         predictor.prepare(picture(64, 80), predictor.options())
 
 
@@ -904,7 +904,7 @@ def test_proposals_are_of_class_0_and_of_no_name(classes):
     cfg.DATASETS.TEST = ("named_proposals",)
     predictor = of(cfg)
     assert (len(predictor([picture()], classes=classes)[0]) > 0) == (classes == [0])
-    with pytest.raises(errors.InvalidArgumentError, match="carries no class names"):
+    with pytest.raises(errors.InvalidArgumentError, match="has no class names"):
         predictor([picture()], classes=["cat"])
 
 

@@ -218,7 +218,10 @@ def test_node_that_does_not_see_the_images_is_an_error_and_no_fault_of_theirs(fo
     )  # fmt: skip
     for there, gone in [(str(listing.path), "/nowhere/1.jpg"), ("/nowhere/list", None)]:
         problem = ray.get(ray.remote(elsewhere).remote(work, there, gone)).decode()
-        assert f"the node 127.0.0.1 cannot read '{gone or there}', which the run's own can; all nodes need the same" in problem
+        assert (
+            f"the node 127.0.0.1 cannot read '{gone or there}', which the node that started the run can; all nodes need"
+            in problem
+        )
     assert list((folder / "chunks").iterdir()) == []
 
 
@@ -228,7 +231,11 @@ def test_workers_errors_are_this_packages_and_leave_nothing(folder, saved, conne
         ({"classes": ["nine"]}, errors.InvalidArgumentError, "^the model has no class 'nine'.*$"),
         ({"device_id": "warp"}, errors.InvalidArgumentError, "^the Ray cluster has 0 GPUs.*$"),
         ({"ray_workers": 3}, errors.InvalidArgumentError, "^the Ray cluster has 2 cores, and 3 workers need one each.*$"),
-        ({"ray_address": "127.0.0.1:1"}, errors.InvalidArgumentError, "^this process is connected to another cluster.*$"),
+        (
+            {"ray_address": "127.0.0.1:1"},
+            errors.InvalidArgumentError,
+            "^this process is already connected to a cluster other than.*$",
+        ),
     ]:
         with pytest.raises(kind, match=match):
             write(saved, "photos", "found.jsonl", engine="ray", **options)
@@ -238,7 +245,7 @@ def test_workers_errors_are_this_packages_and_leave_nothing(folder, saved, conne
 def test_arguments_of_the_other_engine_and_clusters_that_are_not_there_are_told(folder, saved):
     for options, match in [
         ({"engine": "spark"}, "engine is 'spark'"),
-        ({"ray_address": "127.0.0.1:6379"}, "are for --engine ray"),
+        ({"ray_address": "127.0.0.1:6379"}, "need --engine ray"),
         ({"engine": "ray", "ray_address": "ray://127.0.0.1:10001"}, "give HOST:PORT"),
         ({"engine": "ray", "ray_address": "127.0.0.1"}, "give HOST:PORT"),
         ({"engine": "ray", "ray_workers": 0}, "ray_workers is 0"),

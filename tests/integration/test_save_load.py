@@ -328,14 +328,14 @@ class TestMistakes:
 
     @pytest.mark.parametrize("checkpointables", [None, {}, "model.pth", tiny_cfg])
     def test_checkpointables_of_the_wrong_type(self, checkpointables):
-        with pytest.raises(errors.InvalidArgumentError, match=r"DefaultPredictor or a torch\.nn\.Module"):
+        with pytest.raises(errors.InvalidArgumentError, match=r"DefaultPredictor, or a torch\.nn\.Module"):
             bentoml.detectron.save_model("mistake", checkpointables, tiny_cfg())
 
     @pytest.mark.parametrize("name", ["with space", "", "../up", "a/b", "x" * 64, "name:", 7, None, "-a"])
     def test_name_that_is_no_tag(self, name, demo_predictor):
-        with pytest.raises(errors.InvalidArgumentError, match="is no tag"):
+        with pytest.raises(errors.InvalidArgumentError, match="is not a valid tag"):
             bentoml.detectron.save_model(name, demo_predictor)
-        with pytest.raises(errors.InvalidArgumentError, match="is no tag"):
+        with pytest.raises(errors.InvalidArgumentError, match="is not a valid tag"):
             bentoml.detectron.get(name)
 
     def test_labels_and_metadata_that_bentoml_does_not_take(self, demo_predictor):
@@ -402,7 +402,7 @@ class TestMistakes:
     def test_version_that_exists(self, demo_predictor, store):
         saved = bentoml.detectron.save_model("twice:one", demo_predictor)
         before = tree(store)
-        with pytest.raises(errors.SaveError, match="twice:one is in the model store already"):
+        with pytest.raises(errors.SaveError, match="twice:one is already in the model store"):
             bentoml.detectron.save_model("twice:one", demo_predictor)
         assert tree(store) == before
         bentoml.models.delete(saved.tag)
@@ -714,4 +714,4 @@ def test_class_names_that_are_more_or_fewer_than_the_classes_are_told(names, is_
     cfg.DATASETS.TEST = (f"named_{len(names)}",)
     MetadataCatalog.get(cfg.DATASETS.TEST[0]).set(thing_classes=names)
     bentoml.detectron.save_model("counted", built(cfg), cfg, self_test=False)
-    assert ("and the model has 5" in caplog.text) == is_told
+    assert ("but the model has 5" in caplog.text) == is_told

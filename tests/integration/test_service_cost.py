@@ -272,7 +272,7 @@ class TestFullQueue:
     def test_refusal_is_a_whole_answer_though_it_is_short_of_middlewares(self, path, full):
         asked = {"authorization": "Bearer secret", "origin": "http://page.test"}
         answer = full.post(path, files={"image": IMAGE}, headers=asked)
-        assert (answer.status_code, "wait already" in answer.json()["error"]) == (503, True)
+        assert (answer.status_code, "are already waiting" in answer.json()["error"]) == (503, True)
         assert int(answer.headers["retry-after"]) >= 1
         assert "total;dur=" in answer.headers["server-timing"]
         assert answer.headers["access-control-allow-origin"] == "http://page.test"
@@ -282,7 +282,7 @@ class TestFullQueue:
         of_bentoml = r'bentoml_service_request_total\{endpoint="/predict",http_response_code="503",.*\}'
 
         def told_of() -> int:
-            return sum(int(line.partition(" requests were refused within a second")[0]) for line in refusals())
+            return sum(int(line.partition(" requests were refused within one second")[0]) for line in refusals())
 
         def refusals() -> list[str]:
             return [line for line in told(caplog) if "were refused" in line]
@@ -440,7 +440,7 @@ def test_modules_to_trust_are_a_list():
 
 
 def test_settings_of_another_type_are_refused(saved):
-    with pytest.raises(InvalidArgumentError, match="settings is a dict"):
+    with pytest.raises(InvalidArgumentError, match="settings must be Settings"):
         bentoml.detectron.get_service(saved, settings={"precision": "fp32"})
 
 
@@ -471,7 +471,7 @@ def test_service_made_of_this_one_is_refused(saved):
     class Mine(base.inner):
         pass
 
-    with pytest.raises(InvalidArgumentError, match="Mine is made of detectron-cost"):
+    with pytest.raises(InvalidArgumentError, match="Mine is derived from detectron-cost"):
         Mine()
     with pytest.raises(InvalidArgumentError, match="over HTTP"):
         base.inner.predict.func(None, None)

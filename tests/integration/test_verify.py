@@ -351,7 +351,7 @@ class TestSaving:
         setattr(target, name, value)
         with pytest.raises(errors.InvalidModelError, match=says) as caught:
             bentoml.detectron.save_model("verified-hand", module, cfg)
-        assert "Set in the config what was changed in the module" in str(caught.value)
+        assert "Make the changes to the module in the config, too" in str(caught.value)
 
     def test_setting_of_a_predictor_that_was_changed_by_hand_is_refused(self, demo_predictor):
         predictor = copy.copy(demo_predictor)
@@ -684,7 +684,7 @@ class TestChangedModel:
     def test_input_in_the_manifest_that_is_not_the_config_s(self, key, value, fresh):
         saved = fresh()
         seal(saved, lambda content: content["input"].update({key: value}))
-        assert any("the manifest says that images go in as" in problem for problem in verify(saved).problems)
+        assert any("the manifest describes the input as" in problem for problem in verify(saved).problems)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -704,7 +704,7 @@ class TestChangedModel:
     def test_class_names_in_another_order(self, demo_predictor):
         saved = bentoml.detectron.save_model("verified-names", demo_predictor)
         seal(saved, lambda content: content["dataset"]["thing_classes"].reverse())
-        self.changed(saved, "the class names are others than they were")
+        self.changed(saved, "the class names differ from those that it was saved with")
 
     def test_settings_that_are_gone(self, fresh):
         saved = fresh()
@@ -879,7 +879,7 @@ class TestDamage:
     def test_extra_file(self, name, fresh):
         saved = fresh()
         (Path(saved.path) / name).write_text("x")
-        assert verify(saved).problems == (f"{name} is not a file of this model; somebody put it there",)
+        assert verify(saved).problems == (f"{name} is not a file of this model; it was added later",)
 
     def test_extra_folder(self, fresh):
         saved = fresh()
@@ -991,7 +991,7 @@ class TestCommand:
         saved = fresh("masks")
         result = command(str(saved.tag), cwd=tmp_path)
         assert result.returncode == 0
-        assert result.stdout == f"{saved.tag} is what was saved, and finds the same, to the last bit\n"
+        assert result.stdout == f"{saved.tag} is unchanged since it was saved, and gives identical results\n"
         assert "problem" not in result.stderr
 
     def test_model_of_bentomls_adapter_is_not_called_what_was_saved(self, fresh, tmp_path):

@@ -180,23 +180,23 @@ def test_good_request_is_answered(site):
         (form(IMAGE[:2000]), 400, "it is cut short or damaged"),
         (form(IMAGE[:3]), 400, "it is cut short or damaged"),
         (form(b"GIF89a" + IMAGE), 415, "it is a GIF"),
-        (part(b"image", URL) + b"--b--", 400, "nothing is fetched"),
+        (part(b"image", URL) + b"--b--", 400, "not supported"),
         (form(URL), 415, "it is text"),
         (form(b"file:///etc/passwd"), 415, "it is text"),
-        (part(b"image", b'{"a": [1, 2]}') + b"--b--", 400, "'image' is a text, not a file"),
+        (part(b"image", b'{"a": [1, 2]}') + b"--b--", 400, "'image' is text, not a file"),
         (form(b'{"a": [1, 2]}'), 415, "it is text"),
         (form(b"[]"), 415, "it is text"),
-        (form(b"\x80\x04\x95\x1a\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94."), 415, "no known format"),
+        (form(b"\x80\x04\x95\x1a\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94."), 415, "in an unknown format"),
         (form(b"data:image/jpeg;base64,/9j/4AAQ"), 415, "a data URL"),
         (part(b"image", b"x", b'; filename="a"') + form(), 400, "two parts named 'image'"),
         (part(b"picture", IMAGE, b'; filename="a"') + b"--b--", 400, "unknown field 'picture'"),
         (form(masks="rle") + form(), 200, ""),
         (form(masks="png"), 400, "masks is 'png'"),
-        (form(score_threshold="1.5"), 400, "score_threshold is 1.5; it is from 0 to 1"),
+        (form(score_threshold="1.5"), 400, "score_threshold is 1.5; it must be from 0 to 1"),
         (form(score_threshold="-0.1"), 400, "score_threshold is -0.1"),
         (form(score_threshold="NaN"), 400, "score_threshold is nan"),
         (form(score_threshold="half"), 400, "score_threshold is 'half'"),
-        (form(top_k="0"), 400, "top_k is 0; a service takes 1 to 300"),
+        (form(top_k="0"), 400, "top_k is 0; it must be from 1 to 300"),
         (form(top_k="10001"), 400, "top_k is 10001"),
         (form(top_k="1.5"), 400, "top_k is 1.5"),
         (form(classes="person"), 400, "no class 'person'"),
@@ -313,7 +313,7 @@ OTHERS = {
 def test_other_formats_are_415_and_say_what_is_taken(site, name):
     answer = site.ask(form(OTHERS[name] + bytes(100)))
     assert answer.status == 415
-    assert "JPEG, PNG, WebP and BMP are taken" in answer.error
+    assert "only JPEG, PNG, WebP and BMP are supported" in answer.error
 
 
 def test_formats_above_are_more_than_39_and_so_are_those_that_pillow_writes(site):
@@ -350,7 +350,7 @@ def enlarged(kind: str) -> bytes:
 def test_oversized_image_is_413_before_it_is_decoded(site, kind):
     answer = site.ask(form(enlarged(kind)))
     assert answer.status == 413
-    assert "6000 x 5000 pixels are more than max_pixels, 25,000,000" in answer.error
+    assert "6000 x 5000 pixels exceed the limit of 25,000,000" in answer.error
 
 
 def test_oversized_body_is_413_announced_or_not(site):

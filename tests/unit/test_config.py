@@ -95,7 +95,7 @@ def test_what_yaml_cannot_say_is_refused_with_its_place(value):
 
 
 def test_key_that_is_no_string_is_refused():
-    with pytest.raises(errors.InvalidArgumentError, match="a key under A is a int"):
+    with pytest.raises(errors.InvalidArgumentError, match="a key under A must be a string, not int"):
         config.to_plain({"A": {7: 1}})
 
 

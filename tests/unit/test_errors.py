@@ -58,7 +58,7 @@ def test_values_are_attributes():
     assert (str(image), image.index, image.value) == ("image 3: no", 3, "a.png")
     mismatch = errors.WeightsMismatchError("no", missing=["a"], unexpected=["b"], misshaped={"c": ((1,), (2,))}, file="f")
     assert (mismatch.missing, mismatch.unexpected, mismatch.misshaped) == (("a",), ("b",), {"c": ((1,), (2,))})
-    assert str(mismatch) == "no\n  missing: a\n  unexpected: b\n  misshaped: c is (1,), should be (2,)"
+    assert str(mismatch) == "no\n  missing: a\n  unexpected: b\n  misshaped: c has shape (1,), expected (2,)"
 
 
 @pytest.mark.parametrize("name", errors.__all__)

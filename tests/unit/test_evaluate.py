@@ -137,7 +137,7 @@ def test_without_masks_only_boxes_are_measured_and_a_file_without_segmentations_
     measured = evaluate({1: found}, truth)
     assert set(measured.tasks) == {"box"}
     assert measured.notes == (
-        "the ground truth has annotations without an area: that of their boxes is taken",
+        "the ground truth has annotations without an area: the area of their boxes is used",
         "the ground truth has no segmentations, so there is no AP of masks",
     )
 
@@ -151,7 +151,7 @@ def test_sigmas_are_cocos_for_17_keypoints():
 def test_sigmas_of_other_keypoints_are_given_or_the_same_for_each():
     truth, found = random_dataset(3, keypoints=5)
     given_none = evaluate(found, truth)
-    assert given_none.notes == ("the AP of 5 keypoints is with a sigma of 1/5 for each; give others as keypoint_sigmas",)
+    assert given_none.notes == ("the AP of 5 keypoints uses a sigma of 1/5 for each; set others with keypoint_sigmas",)
     uniform = evaluate(found, truth, keypoint_sigmas=[0.2] * 5)
     assert uniform.to_dict()["tasks"] == given_none.to_dict()["tasks"]
     strict = evaluate(found, truth, keypoint_sigmas=[0.01] * 5)
@@ -207,10 +207,10 @@ def test_a_class_that_the_model_lacks_is_an_error_that_names_near_ones():
     whole = evaluate(found, truth)
     assert only.tasks["box"].classes == ("cat", "dog")
     assert np.array_equal(only.tasks["box"].per_class, whole.tasks["box"].per_class[1:], equal_nan=True)
-    assert only.notes == ("of the model's classes, 'birds' are not evaluated: the ground truth has none of these",)
+    assert only.notes == ("the model's classes 'birds' are not evaluated: the ground truth does not have them",)
     with pytest.raises(InvalidArgumentError, match="has no class 'dogg'; it has dog"):
         evaluate(found, truth, classes=["dogg"])
-    with pytest.raises(InvalidArgumentError, match="several classes of the name 'dog'"):
+    with pytest.raises(InvalidArgumentError, match="several classes named 'dog'"):
         evaluate(found, truth, thing_classes=["cat", "dog", "bird", "dog"])
 
 
@@ -220,7 +220,7 @@ def test_a_class_that_the_annotations_lack_is_left_out_and_noted():
     truth["annotations"] = [each for each in truth["annotations"] if each["category_id"] != IDS["cat"]]
     measured = evaluate(found, truth, thing_classes=NAMES)
     assert measured.tasks["box"].classes == ("bird", "dog")
-    assert measured.notes == ("of the model's classes, 'cat' are not evaluated: the ground truth has none of these",)
+    assert measured.notes == ("the model's classes 'cat' are not evaluated: the ground truth does not have them",)
 
 
 def test_without_names_ids_are_places_as_in_detectron2():
@@ -230,8 +230,8 @@ def test_without_names_ids_are_places_as_in_detectron2():
             for key, each in found.items()}  # fmt: skip
     measured = evaluate(bare, truth)
     assert measured.to_dict()["tasks"] == evaluate(found, truth).to_dict()["tasks"]
-    assert "carries no class names" in measured.notes[0]
-    with pytest.raises(InvalidArgumentError, match="the model finds the class 3, the ground truth has 3 categories"):
+    assert "has no class names" in measured.notes[0]
+    with pytest.raises(InvalidArgumentError, match="the model found class 3, but the ground truth has 3 categories"):
         evaluate({1: detections([BOX], [1], [3], names=())}, content([1], []))
 
 
@@ -253,7 +253,7 @@ def test_of_chosen_classes_no_note_says_that_the_others_are_not_there():
 def test_names_that_the_annotations_lack_are_noted_also_where_the_model_s_names_are_not_given():
     truth = content([1], [annotation(1, 1, "dog", BOX)])
     measured = evaluate({1: detections([BOX], [1], [0], names=("Dog",))}, truth)
-    assert measured.notes == ("what is found of 'Dog' is left out: the ground truth has no such class",)
+    assert measured.notes == ("detections of 'Dog' are ignored: the ground truth has no such class",)
 
 
 # Panoptic quality
@@ -427,11 +427,11 @@ def test_maps_of_many_classes_have_65535_where_nothing_is_known(tmp_path):
 def test_a_map_that_does_not_fit_is_named(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "a.png")
     with pytest.raises(
-        InvalidArgumentError, match=r"a\.png has the shape \(4, 4\); give one value a pixel, at the image's size \(4, 5\)"
+        InvalidArgumentError, match=r"a\.png has the shape \(4, 4\); give one value per pixel, at the image's size \(4, 5\)"
     ):
         evaluate({"a": semantic(np.zeros((4, 5), np.uint8))}, tmp_path)
     Image.fromarray(np.full((4, 5), 2, np.uint8)).save(tmp_path / "a.png")
-    with pytest.raises(InvalidArgumentError, match=r"a\.png has the class 2, the model has 2; give maps"):
+    with pytest.raises(InvalidArgumentError, match=r"a\.png has class 2, but the model has 2 classes; give maps"):
         evaluate({"a": semantic(np.zeros((4, 5), np.uint8))}, tmp_path, stuff_classes=["x", "y"])
     (tmp_path / "a.png").write_bytes(b"none")
     with pytest.raises(InvalidArgumentError, match=r"cannot read the map .*a\.png"):
@@ -441,10 +441,10 @@ def test_a_map_that_does_not_fit_is_named(tmp_path):
 def test_a_model_that_gives_nothing_of_what_is_annotated_is_told_so(tmp_path):
     maps = random_maps(0, images=1)
     file = panoptic_file(tmp_path, maps)
-    with pytest.raises(InvalidArgumentError, match=r"panoptic\.json is panoptic, the model is not"):
+    with pytest.raises(InvalidArgumentError, match=r"panoptic\.json is panoptic, but the model is not"):
         evaluate({0: detections([], [], [])}, file)
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(InvalidArgumentError, match="is of semantic maps, the model gives none"):
+    with pytest.raises(InvalidArgumentError, match="holds semantic maps, but the model predicts none"):
         evaluate({"0": detections([], [], [])}, tmp_path)
     with pytest.raises(InvalidArgumentError, match="boxes are rotated"):
         evaluate(
@@ -459,11 +459,13 @@ def test_a_model_that_gives_nothing_of_what_is_annotated_is_told_so(tmp_path):
 def test_predictions_are_of_all_images_once():
     truth, found = random_dataset(2, images=6)
     assert evaluate(reversed(found.items()), truth).to_dict() == evaluate(found, truth).to_dict()
-    with pytest.raises(InvalidArgumentError, match=r"no prediction of 13\.jpg, 23\.jpg, 33\.jpg and 2 more; predict on all"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"no prediction for 13\.jpg, 23\.jpg, 33\.jpg and 2 more; give one for every"
+    ):
         evaluate({3: found[3]}, truth)
-    with pytest.raises(InvalidArgumentError, match="prediction of image 3 is there twice"):
+    with pytest.raises(InvalidArgumentError, match="prediction for image 3 is given twice"):
         evaluate([*found.items(), (3, found[3])], truth)
-    with pytest.raises(InvalidArgumentError, match="prediction of image 4 is none of the ground truth"):
+    with pytest.raises(InvalidArgumentError, match="prediction for image 4 is for no image of the ground truth"):
         evaluate({4: found[3]}, truth)
 
 
@@ -473,7 +475,7 @@ def test_images_of_another_size_than_annotated_are_an_error():
     higher["images"][0]["height"] = 61
     for each in higher["annotations"]:
         del each["segmentation"]
-    with pytest.raises(InvalidArgumentError, match=r"3\.jpg has 60 rows and 80 columns, the ground truth says 61 and 80"):
+    with pytest.raises(InvalidArgumentError, match=r"3\.jpg has 60 rows and 80 columns, but the ground truth says 61 and 80"):
         evaluate(found, higher)
     del truth["images"][0]["height"]
     assert evaluate(found, truth).tasks.keys() == {"box", "mask", "keypoint"}
@@ -495,7 +497,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
     (tmp_path / "1.jpg").touch()
     with pytest.raises(ImageError, match=r"2\.jpg of the ground truth is not in"):
         truth.files(tmp_path)
-    with pytest.raises(ImageError, match="is no folder"):
+    with pytest.raises(ImageError, match="is not a folder"):
         truth.files(tmp_path / "none")
     (tmp_path / "2.jpg").touch()
     assert truth.files(tmp_path) == {1: tmp_path / "1.jpg", 2: tmp_path / "2.jpg"}
@@ -533,36 +535,36 @@ def test_two_images_of_one_map_are_an_error_that_names_them(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda file: file.pop("images"), "it has not all of images, annotations, categories"),
+        (lambda file: file.pop("images"), "it needs all of images, annotations, categories"),
         (lambda file: file["images"].clear(), "has no image, so there is nothing"),
         (lambda file: file["categories"].clear(), "has no category, so there is nothing"),
-        (lambda file: file["images"][0].pop("file_name"), r"is no COCO annotation file: KeyError\('file_name'\)"),
-        (lambda file: file["images"][0].update(id=[1]), "is no COCO annotation file: TypeError"),
+        (lambda file: file["images"][0].pop("file_name"), r"is not a COCO annotation file: KeyError\('file_name'\)"),
+        (lambda file: file["images"][0].update(id=[1]), "is not a COCO annotation file: TypeError"),
         (lambda file: file["images"].append(file["images"][0]), "has the image id 1 twice"),
         (lambda file: file["categories"].append({"id": 5, "name": "dog"}), "has the category 'dog' twice"),
-        (lambda file: file["annotations"][0].update(image_id=9), "the annotation 4 is of the image 9, which is not there"),
-        (lambda file: file["annotations"][0].update(image_id=[1]), r"the annotation 4 is of the image \[1\], which"),
+        (lambda file: file["annotations"][0].update(image_id=9), "the annotation 4 belongs to the image 9, which does not"),
+        (lambda file: file["annotations"][0].update(image_id=[1]), r"the annotation 4 belongs to the image \[1\], which"),
         (lambda file: file["annotations"][0].update(area=None), "the annotation 4 has the area None"),
         (lambda file: file["annotations"][0].update(area=math.inf), "the annotation 4 has the area inf"),
         (lambda file: file["annotations"][0].update(area=-5), "the annotation 4 has the area -5"),
         (lambda file: file["annotations"][0].update(bbox=[40, 50, -30, 10]), "the annotation 4 has the box .*x, y, width"),
-        (lambda file: file["images"].append(None), "is no COCO annotation file: AttributeError"),
+        (lambda file: file["images"].append(None), "is not a COCO annotation file: AttributeError"),
         (lambda file: file["images"][0].update(id=1.5), "the image id 1.5 is neither a whole number nor a string"),
-        (lambda file: file["annotations"][0].update(category_id=9), "the annotation 4 is of the category 9, which"),
+        (lambda file: file["annotations"][0].update(category_id=9), "the annotation 4 has the category 9, which"),
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3]), r"the annotation 4 has the box \[1, 2, 3\]; it should be"),
         (lambda file: file["annotations"][0].update(bbox=[1, 2, 3, math.nan]), r"the annotation 4 has the box .*nan\]"),
         (lambda file: file["annotations"][0].update(segmentation=[[1, 2, 3]]), "the annotation 4 has a segmentation that"),
-        (lambda file: file["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "has segmentations, but not of the ann.* 4"),
+        (lambda file: file["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "segmentations, but none for the ann.* 4"),
         *(
             (lambda file, rle=rle: file["annotations"][0].update(segmentation=rle), "the annotation 4 has a segmentation that")
             for rle in WRONG_RLES
         ),
         (lambda file: file["annotations"][0].update(keypoints=[1, 2]), "the annotation 4 has keypoints that"),
         (lambda file: file["annotations"][0].update(iscrowd="0"), "the annotation 4 has iscrowd '0'; it should be 0 or 1"),
-        (lambda file: file["annotations"][0].update(category_id=[1]), r"the annotation 4 is of the category \[1\], which"),
-        (lambda file: file["categories"][0].update(id=1.7), "COCO annotation file: .*the category id 1.7 is no whole number"),
-        (lambda file: file["images"][0].update(height=math.inf), "no COCO annotation file: OverflowError"),
-        (lambda file: file["annotations"][1].pop("segmentation"), "has segmentations, but not of the annotations 5"),
+        (lambda file: file["annotations"][0].update(category_id=[1]), r"the annotation 4 has the category \[1\], which"),
+        (lambda file: file["categories"][0].update(id=1.7), "annotation file: .*the category id 1.7 is not a whole number"),
+        (lambda file: file["images"][0].update(height=math.inf), "not a COCO annotation file: OverflowError"),
+        (lambda file: file["annotations"][1].pop("segmentation"), "has segmentations, but none for the annotations 5"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_an_error_that_says_where(change, said):
@@ -576,7 +578,7 @@ def test_an_rle_of_another_size_is_an_error_also_where_the_file_has_no_sizes():
     file = content([1], [annotation(4, 1, "dog", BOX)])
     del file["images"][0]["height"]
     file["annotations"][0]["segmentation"] = {"size": [30, 160], "counts": [4800]}
-    with pytest.raises(InvalidArgumentError, match=r"an RLE of 30 rows and 160 columns, 1\.jpg has 60 and 80"):
+    with pytest.raises(InvalidArgumentError, match=r"an RLE of 30 rows and 160 columns, but 1\.jpg has 60 and 80"):
         evaluate({1: detections([BOX], [1], [1])}, file)
 
 
@@ -641,7 +643,7 @@ def test_where_nothing_is_found_no_masks_are_missing():
     without = Detections(SIZE, found.boxes, found.scores, found.class_ids, found.class_names)
     measured = evaluate({1: found, 2: without}, truth)
     assert set(measured.tasks) == {"box"}
-    assert measured.notes[0] == "detections of some images have masks, of others not, so there is no AP of masks"
+    assert measured.notes[0] == "detections on some images have masks and on others do not, so there is no AP of masks"
     none = evaluate({1: detections([], [], []), 2: detections([], [], [])}, truth)
     assert none.tasks["mask"].metrics["AP"] == 0
 
@@ -651,16 +653,18 @@ def test_what_has_no_class_beside_names_is_an_error_and_no_first_class():
     found = detections([BOX], [0.9], [0], names=())
     truth = content([1], [annotation(4, 1, "bird", BOX)])
     assert evaluate({1: found}, truth).tasks["box"].metrics["AP"] == pytest.approx(1)
-    with pytest.raises(InvalidArgumentError, match="found the class 0 without one; name all classes"):
+    with pytest.raises(InvalidArgumentError, match="none for class 0, which it found; name all classes"):
         evaluate({1: found}, truth, thing_classes=NAMES)
 
 
 def test_predictions_that_are_none_are_errors_that_say_what_to_give():
     truth = content([1], [annotation(4, 1, "dog", BOX)])
-    with pytest.raises(InvalidArgumentError, match="the prediction of image 1 is ImageError; give Detections") as error:
+    with pytest.raises(InvalidArgumentError, match="the prediction for image 1 must be Detections, not ImageError") as error:
         evaluate({1: ImageError("it is empty")}, truth)
     assert isinstance(error.value.__cause__, ImageError)
-    with pytest.raises(InvalidArgumentError, match="a prediction is Detections; give pairs of an image id and"):
+    with pytest.raises(
+        InvalidArgumentError, match="a prediction must be a pair of an image id and its Detections, not Detections"
+    ):
         evaluate([detections([BOX], [0.9], [1])], truth)
 
 
@@ -674,11 +678,9 @@ def test_of_a_panoptic_file_what_the_model_names_otherwise_is_noted(tmp_path):
     del stuff["isthing"]
     file.write_text(json.dumps(content_))
     (note,) = evaluate(found, file).notes
-    assert note.startswith(
-        f"{stuff['name']!r} is stuff to one of the model and panoptic.json, a thing to the other, and left out"
-    )
+    assert note.startswith(f"{stuff['name']!r} is ignored: stuff in one of the model and panoptic.json, a thing in the other")
     names = [[each["name"] for each in content_["categories"] if each.get("isthing", 0) is kind] for kind in (1, 0)]
-    with pytest.raises(InvalidArgumentError, match=f"{stuff['name']!r} is a thing in panoptic.json, stuff to the model"):
+    with pytest.raises(InvalidArgumentError, match=f"{stuff['name']!r} is a thing in panoptic.json, but stuff to the model"):
         evaluate(found, file, thing_classes=names[0], stuff_classes=[*names[1], stuff["name"]])
     stuff.update(isthing=0, name="elsewhere")
     file.write_text(json.dumps(content_))
@@ -687,7 +689,7 @@ def test_of_a_panoptic_file_what_the_model_names_otherwise_is_noted(tmp_path):
 
 
 def test_segments_have_ids_of_their_own(tmp_path):
-    for ids, said in (([0], "whose id is no whole number of 1 or more"), ([7, 7], "segment of the image 1, 7 twice")):
+    for ids, said in (([0], "whose id is not a whole number of 1 or more"), ([7, 7], "segment of the image 1, 7 twice")):
         segments = [{"id": each, "category_id": 2} for each in ids]
         with pytest.raises(InvalidArgumentError, match=said):
             truths.read(
@@ -706,7 +708,7 @@ def test_maps_may_end_in_capitals_and_classes_have_one_name(tmp_path):
 
 def test_segments_that_are_none_and_names_that_no_file_has_are_errors_that_say_so(tmp_path):
     row = {"image_id": 1, "file_name": "1.png", "segments_info": [3]}
-    with pytest.raises(InvalidArgumentError, match="has the segment 3, of no category"):
+    with pytest.raises(InvalidArgumentError, match="has the segment 3, whose category does not exist"):
         truths.read(content([1], [row]), panoptic_root=tmp_path)
     file = content([1], [])
     file["images"][0]["file_name"] = "a" * 300
@@ -738,11 +740,11 @@ def test_a_path_that_is_no_annotation_file_is_an_error_with_the_cure(tmp_path):
     with pytest.raises(InvalidArgumentError, match="holds no PNG; give a folder of semantic maps"):
         evaluate({}, tmp_path)
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(InvalidArgumentError, match=r"a\.json is no JSON"):
+    with pytest.raises(InvalidArgumentError, match=r"a\.json is not JSON"):
         evaluate({}, tmp_path / "a.json")
     file = panoptic_file(tmp_path, random_maps(0, images=1))
     (tmp_path / "panoptic").rename(tmp_path / "elsewhere")
-    with pytest.raises(InvalidArgumentError, match=r"give that of panoptic\.json's PNGs as panoptic_root"):
+    with pytest.raises(InvalidArgumentError, match=r"give the one with panoptic\.json's PNGs as --panoptic-root"):
         truths.read(file)
     assert truths.read(file, panoptic_root=tmp_path / "elsewhere").kind == "panoptic"
 
@@ -867,7 +869,7 @@ def test_what_cannot_be_compared_is_an_error():
     with pytest.raises(InvalidArgumentError, match="different annotations"):
         compare(measured, evaluate(found, fewer))
     for wrong in ({"resamples": 0}, {"resamples": 10.5}, {"confidence": 1.0}, {"seed": -1}, {"seed": 1.5}):
-        with pytest.raises(InvalidArgumentError, match="give 1 or more"):
+        with pytest.raises(InvalidArgumentError, match="they must be at least 1"):
             compare(measured, measured, **wrong)
 
 

@@ -162,7 +162,7 @@ def test_only_the_first_picture_of_an_animation_is_taken():
         (b"%PDF-1.7", "a PDF"),
         (b"PK\3\4", "a zip archive"),
         (b"\x1f\x8b\x08", "a gzip archive"),
-        (b"RIFF\0\0\0\0WAVE", "no WebP"),
+        (b"RIFF\0\0\0\0WAVE", "other than WebP"),
         (b"\n <SVG xmlns=''>", "an SVG"),
         (b"<?xml version='1.0'?><svg>", "perhaps an SVG"),
         (b"\xef\xbb\xbf<!DOCTYPE html>", "a web page"),
@@ -172,7 +172,7 @@ def test_only_the_first_picture_of_an_animation_is_taken():
         (b'{"instances": []}', "text"),
         (b"", "empty"),
         (b"\x01\x02\x03", "01 02 03"),
-        (encoded(RGB, "PPM"), "no known format"),
+        (encoded(RGB, "PPM"), "in an unknown format"),
     ],
 )
 def test_other_formats_are_refused_by_name(content, name):
@@ -425,12 +425,12 @@ def test_arrays_are_returned_as_given():
         (np.zeros((4, 5, 3), np.int64), "int64; convert to uint8"),
         (np.zeros((4, 5, 3), bool), "bool; convert to uint8"),
         (np.full((4, 5, 3), None), "object; convert to uint8"),
-        (np.zeros((4, 5), np.uint8), r"\(4, 5\) is grey; stack it to three channels"),
-        (np.zeros((4, 5, 1), np.uint8), "grey; stack"),
+        (np.zeros((4, 5), np.uint8), r"\(4, 5\) is grayscale; stack it to three channels"),
+        (np.zeros((4, 5, 1), np.uint8), "grayscale; stack"),
         (np.zeros((4, 5, 4), np.uint8), "4 channels; drop"),
         (np.zeros((3, 4, 5), np.uint8), "channels first"),
         (np.zeros((2, 4, 5, 3), np.uint8), "one by one"),
-        (np.zeros((4, 5, 2), np.uint8), r"\(4, 5, 2\); give \(H, W, 3\)"),
+        (np.zeros((4, 5, 2), np.uint8), r"\(4, 5, 2\); it must be \(H, W, 3\)"),
         (np.zeros(5, np.uint8), r"\(5,\)"),
         (np.zeros((), np.uint8), r"\(\)"),
     ],
@@ -443,7 +443,7 @@ def test_other_arrays_are_refused_with_the_cure(array, fault):
 
 @pytest.mark.parametrize("empty", [np.zeros((0, 5, 3), np.uint8), np.zeros((5, 0, 3), np.uint8), Image.new("RGB", (0, 5))])
 def test_images_without_pixels_are_refused(empty):
-    assert "no image" in str(outcome(empty))
+    assert "not a valid image size" in str(outcome(empty))
 
 
 @pytest.mark.parametrize("thing", [None, 7, [1, 2], object(), io.BytesIO(b"")])
@@ -462,7 +462,7 @@ def test_what_is_no_image_at_all_is_refused_by_type(thing):
 )
 def test_urls_are_not_fetched(url):
     error = outcome(url)
-    assert "nothing is fetched; give its bytes" in str(error)
+    assert "URLs are not supported; pass the image itself" in str(error)
     assert error.value == url
 
 
@@ -482,7 +482,7 @@ def test_a_refused_path_is_named(path):
 
 def test_a_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    assert "no regular file" in str(outcome(tmp_path / "pipe.png"))
+    assert "not a regular file" in str(outcome(tmp_path / "pipe.png"))
 
 
 def test_a_file_that_the_system_cannot_read_is_an_image_error():
@@ -523,7 +523,7 @@ def test_the_limits_are_inclusive(name, tmp_path):
         with pytest.raises(errors.ImageTooLargeError, match="max_bytes"):
             load(source, Limits(max_bytes=len(content) - 1))
     for source in (content, tmp_path / "image", Image.open(tmp_path / "image"), BGR):
-        with pytest.raises(errors.ImageTooLargeError, match=r"23 x 17 pixels are more than max_pixels, 390") as caught:
+        with pytest.raises(errors.ImageTooLargeError, match=r"23 x 17 pixels exceed the limit of 390") as caught:
             load(source, Limits(max_pixels=pixels - 1))
         assert caught.value.value == (23, 17)
 
@@ -536,7 +536,7 @@ def test_no_side_is_longer_than_results_and_jpegs_can_be(kind, size):
     if given is None:
         picture.save(buffer, kind)
         given = buffer.getvalue()
-    with pytest.raises(errors.ImageTooLargeError, match=f"{size[0]} x {size[1]} pixels: a side has 65,500 at most"):
+    with pytest.raises(errors.ImageTooLargeError, match=f"{size[0]} x {size[1]} pixels: a side may have at most 65,500"):
         load(given)
     assert load(Image.new("RGB", (65_500, 1))).shape == (1, 65_500, 3)
 
@@ -639,7 +639,7 @@ def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused():
     bomb = content[:-2] + scan * 100 + b"\xff\xd9"
     limits = Limits(max_pixels=23 * 17)
     load(content, limits)
-    with pytest.raises(errors.DamagedImageError, match="over its pixels 1"):
+    with pytest.raises(errors.DamagedImageError, match="it has 1[0-9]+ progressive scans"):
         load(bomb, limits)
 
 

@@ -334,7 +334,7 @@ def test_code_of_main_is_refused(monkeypatch):
 
 
 def test_key_that_is_no_string_is_refused():
-    with pytest.raises(errors.InvalidArgumentError, match=r"a key of config\.a is a int"):
+    with pytest.raises(errors.InvalidArgumentError, match=r"a key of config\.a must be a string, not int"):
         lazy.to_plain({"_target_": "a.b", "a": {7: 1}})
 
 

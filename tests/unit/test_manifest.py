@@ -82,7 +82,7 @@ def test_ids_have_64_bits(tmp_path, number, is_id):
     if is_id:
         assert manifest.read(tmp_path).dataset.thing_dataset_id_to_contiguous_id == {number: 0}
     else:
-        with pytest.raises(errors.CorruptFileError, match="is no manifest"):
+        with pytest.raises(errors.CorruptFileError, match="is not a valid manifest"):
             manifest.read(tmp_path)
 
 

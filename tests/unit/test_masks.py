@@ -215,16 +215,16 @@ GOOD = {
         ({"masks": np.zeros((2, 1, 7, 7))}, r"\(2, 1, 7, 7\); give \(N, M, M\), such as masks\[:, 0\]"),
         ({"masks": np.zeros((2, 7, 8))}, r"masks have the shape \(2, 7, 8\)"),
         ({"masks": np.zeros((2, 0, 0))}, r"masks have the shape \(2, 0, 0\)"),
-        ({"masks": [[[0.5]]]}, "masks are a list; give a tensor or an array"),
-        ({"masks": np.array([[["a"]]])}, "masks are <U1; give float32"),
+        ({"masks": [[[0.5]]]}, "masks must be a tensor or an array, not list"),
+        ({"masks": np.array([[["a"]]])}, "masks must be float32, not <U1"),
         ({"boxes": np.zeros((3, 4))}, r"boxes have the shape \(3, 4\); give \(2, 4\)"),
-        ({"boxes": np.array([[0, 0, 1, 1], [0, 0, np.nan, 1]])}, "box 1 is .*nan.*; leave out"),
-        ({"boxes": np.array([[0, 0, np.inf, 1], [0, 0, 1, 1]])}, "box 0 is .*inf.*; leave out"),
+        ({"boxes": np.array([[0, 0, 1, 1], [0, 0, np.nan, 1]])}, "box 1 is .*nan.*; remove boxes"),
+        ({"boxes": np.array([[0, 0, np.inf, 1], [0, 0, 1, 1]])}, "box 0 is .*inf.*; remove boxes"),
         ({"image_size": (0, 9)}, "the size is 0 x 9; give 1 to"),
         ({"image_size": (20_000, 20_000)}, "the size is 20000 x 20000; give 1 to 268,435,456 pixels"),
         ({"image_size": (9, 9, 3)}, "give height and width"),
         ({"image_size": (9.0, 9)}, "as two integers"),
-        ({"threshold": 1.5}, "threshold is 1.5; give a number in 0..1"),
+        ({"threshold": 1.5}, "threshold is 1.5; it must be a number from 0 to 1"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": "0.5"}, "threshold is '0.5'"),
     ],
@@ -290,7 +290,7 @@ def test_no_bitmaps_are_no_masks():
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4, 5, dtype=torch.bool), torch.zeros(1, 4, 5)])
 def test_bitmaps_of_another_kind_are_named(wrong):
-    with pytest.raises(InvalidArgumentError, match=r"the bitmaps are torch\.\w+ .*; give \(N, H, W\) of bool"):
+    with pytest.raises(InvalidArgumentError, match=r"the bitmaps must be \(N, H, W\) of bool, not torch\.\w+ "):
         masks.from_bitmaps(wrong)
 
 
@@ -333,7 +333,7 @@ def test_runs_without_pixels_do_not_count_in_the_box():
     [np.zeros((2, 2, 2), np.bool_), np.zeros((2, 2)), np.zeros((0, 2), np.bool_), [[True]], np.zeros((2, 2), np.int64)],
 )
 def test_encode_refuses_what_is_no_bitmap(bitmap):
-    with pytest.raises(InvalidArgumentError, match="give"):
+    with pytest.raises(InvalidArgumentError, match="bitmap|size"):
         masks.encode(bitmap)
 
 
@@ -393,7 +393,7 @@ def test_nothing_is_allocated_for_pixels_that_the_counts_do_not_make_up():
 
     tracemalloc.start()
     try:
-        with pytest.raises(InvalidArgumentError, match="are not the runs of 16384 x 16384 pixels"):
+        with pytest.raises(InvalidArgumentError, match="do not add up to 16384 x 16384 pixels"):
             masks.decode({"size": [16384, 16384], "counts": "9"})
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
@@ -403,7 +403,7 @@ def test_nothing_is_allocated_for_pixels_that_the_counts_do_not_make_up():
 def test_check_tells_a_mask_of_another_image():
     rle = masks.encode(np.ones((3, 5), np.bool_))
     assert masks.check(rle, (3, 5)) is None
-    with pytest.raises(InvalidArgumentError, match=r"the RLE's size is \[3, 5\]; the image's is \[5, 3\]"):
+    with pytest.raises(InvalidArgumentError, match=r"the RLE's size is \[3, 5\], but the image's is \[5, 3\]"):
         masks.check(rle, (5, 3))
 
 

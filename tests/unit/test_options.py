@@ -105,5 +105,5 @@ def test_unknown_name_is_refused_with_names_that_are_near():
 
 
 def test_name_is_refused_where_the_model_carries_none():
-    with pytest.raises(InvalidArgumentError, match="it carries no class names, so give ids"):
+    with pytest.raises(InvalidArgumentError, match="it has no class names, so give ids"):
         options(None, classes=["person"])

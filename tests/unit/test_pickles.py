@@ -37,11 +37,11 @@ def test_plain_values_pass(value, protocol):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (DEEP, "containers inside each other"),
-        (GROWS_INSIDE, "a container that grows where it is inside another"),
+        (DEEP, "levels of nested containers"),
+        (GROWS_INSIDE, "a container that is modified after it was put into another"),
         *((pickle.dumps({LARGE: 1}, protocol), "more than 64 bits") for protocol in (0, 1, 2)),
-        *((pickle.dumps({(1, 2): 3}, protocol), "a key that is no plain value") for protocol in (0, 1, 2)),
-        (pickle.dumps({"a": 1, ("b", 1): 3, "c": 2}, 2), "a key that is no plain value"),
+        *((pickle.dumps({(1, 2): 3}, protocol), "a key that is not a plain value") for protocol in (0, 1, 2)),
+        (pickle.dumps({"a": 1, ("b", 1): 3, "c": 2}, 2), "a key that is not a plain value"),
     ],
 )
 def test_what_costs_without_end_is_refused(content, said):

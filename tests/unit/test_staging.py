@@ -108,7 +108,7 @@ def test_threads_of_one_process_do_not_disturb_each_other(tmp_path):
 def test_store_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(errors.SaveError, match="cannot write beside the model store"),
+        pytest.raises(errors.SaveError, match="cannot write next to the model store"),
         staging.staged(tmp_path / "file" / "models"),
     ):
         pass
