@@ -193,8 +193,8 @@ def _yacs_config(path: Path, overrides: Sequence[str]) -> CfgNode:
             cfg.merge_from_list([key, value])
         except Exception as exc:  # as above
             raise InvalidArgumentError(
-                f"the override {key} {value} is not valid: {_meant(cfg, key) or _reason(exc)}; give a key of the config, such as "
-                "MODEL.ROI_HEADS.NUM_CLASSES, and a value of the right type",
+                f"the override {key} {value} is not valid: {_meant(cfg, key) or _reason(exc)}; give a key of the config, "
+                "such as MODEL.ROI_HEADS.NUM_CLASSES, and a value of the right type",
                 value=key,
             ) from exc
     return CfgNode(cfg)

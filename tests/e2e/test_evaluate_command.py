@@ -371,7 +371,7 @@ def test_a_remote_says_what_its_service_is_and_names_files(server, tmp_path):
             Remote(server.url, token=unsendable)
         assert "sec" not in str(error.value)
     for wrong in ({"url": "ftp://x"}, {"url": server.url, "connections": 0}, {"url": server.url, "patience": 0}):
-        with pytest.raises(InvalidArgumentError, match="give one, as|must be at least"):
+        with pytest.raises(InvalidArgumentError, match=r"give one, as|must be at least"):
             Remote(**wrong)
 
 

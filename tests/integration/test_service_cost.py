@@ -446,7 +446,7 @@ def test_settings_of_another_type_are_refused(saved):
 
 @pytest.mark.parametrize("given", [{"token": "secret"}, {"precision": "int8"}, {"max_queue": 4}], ids=str)
 def test_settings_beside_settings_are_refused_and_not_ignored(saved, given):
-    with pytest.raises(InvalidArgumentError, match=rf"{next(iter(given))} is one of the settings; give settings=Settings\("):
+    with pytest.raises(InvalidArgumentError, match=rf"{next(iter(given))} belongs to the settings; give settings=Settings\("):
         bentoml.detectron.get_service(saved, **given)
 
 

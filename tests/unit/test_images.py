@@ -639,7 +639,7 @@ def test_a_jpeg_that_goes_over_its_pixels_again_and_again_is_refused():
     bomb = content[:-2] + scan * 100 + b"\xff\xd9"
     limits = Limits(max_pixels=23 * 17)
     load(content, limits)
-    with pytest.raises(errors.DamagedImageError, match="it has 1[0-9]+ progressive scans"):
+    with pytest.raises(errors.DamagedImageError, match=r"it has 1[0-9]+ progressive scans"):
         load(bomb, limits)
 
 

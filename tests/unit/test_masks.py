@@ -333,7 +333,7 @@ def test_runs_without_pixels_do_not_count_in_the_box():
     [np.zeros((2, 2, 2), np.bool_), np.zeros((2, 2)), np.zeros((0, 2), np.bool_), [[True]], np.zeros((2, 2), np.int64)],
 )
 def test_encode_refuses_what_is_no_bitmap(bitmap):
-    with pytest.raises(InvalidArgumentError, match="bitmap|size"):
+    with pytest.raises(InvalidArgumentError, match=r"bitmap|size"):
         masks.encode(bitmap)
 
 
