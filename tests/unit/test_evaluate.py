@@ -685,7 +685,7 @@ def test_of_a_panoptic_file_what_the_model_names_otherwise_is_noted(tmp_path):
     stuff.update(isthing=0, name="elsewhere")
     file.write_text(json.dumps(content_))
     (note,) = evaluate(found, file).notes
-    assert note.endswith("is left out: panoptic.json has no such class")
+    assert note.endswith("are ignored: panoptic.json has no such class")
 
 
 def test_segments_have_ids_of_their_own(tmp_path):
