@@ -42,7 +42,7 @@ def draw(image: ImageLike, found: Detections, *, labels: bool = True) -> NDArray
     try:
         import supervision as sv
     except ImportError as exc:
-        raise DependencyMissingError(f"drawing needs supervision ({exc}): pip install 'bentoml-detectron[draw]'") from exc
+        raise DependencyMissingError(f"drawing needs supervision ({exc}): pip install supervision") from exc
     if not isinstance(found, Detections):
         raise InvalidArgumentError(f"found must be the Detections of one image, not {type(found).__name__}", value=type(found))
     height, width = found.image_size

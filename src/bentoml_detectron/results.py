@@ -242,7 +242,7 @@ class Detections:
         try:
             import supervision as sv
         except ModuleNotFoundError as exc:
-            raise DependencyMissingError("this needs supervision: pip install 'bentoml-detectron[draw]'") from exc
+            raise DependencyMissingError("this needs supervision: pip install supervision") from exc
         if self.boxes.shape[1] != 4:
             raise InvalidArgumentError("supervision's Detections cannot hold rotated boxes; use boxes", value=self.boxes)
         compact = None

@@ -152,7 +152,7 @@ class _Pictures:
         try:
             import supervision  # noqa: F401
         except ModuleNotFoundError as exc:
-            raise DependencyMissingError("annotated images need supervision: pip install 'bentoml-detectron[draw]'") from exc
+            raise DependencyMissingError("annotated images need supervision: pip install supervision") from exc
 
     def piece(self, outcome: Prediction | Failure, position: int, image: str | bytes | None, path: Path) -> None:
         from PIL import Image

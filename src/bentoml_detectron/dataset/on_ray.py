@@ -83,7 +83,7 @@ class Ray:
             DependencyMissingError: Ray is not installed.
         """
         if find_spec("ray") is None or find_spec("pandas") is None:
-            raise DependencyMissingError("the engine 'ray' needs Ray Data: pip install 'bentoml-detectron[ray]'")
+            raise DependencyMissingError("the engine 'ray' needs Ray Data: pip install 'ray[data]'")
         if (address is not None and not address.rpartition(":")[2].isdigit()) or "://" in (address or ""):
             raise InvalidArgumentError(f"--ray-address (ray_address) is {address!r}; give HOST:PORT", value=address)
         if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):

@@ -32,7 +32,7 @@ def require() -> Any:
     try:
         from pyarrow import parquet
     except ModuleNotFoundError as exc:
-        raise DependencyMissingError("Parquet needs pyarrow: pip install 'bentoml-detectron[parquet]'") from exc
+        raise DependencyMissingError("Parquet needs pyarrow: pip install pyarrow") from exc
     return parquet
 
 

@@ -332,7 +332,7 @@ def _pycocotools() -> tuple[Any, Any]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ModuleNotFoundError as exc:
-        raise DependencyMissingError("this needs pycocotools: pip install 'bentoml-detectron[evaluate]'") from exc
+        raise DependencyMissingError("this needs pycocotools: pip install pycocotools") from exc
     return COCO, COCOeval
 
 
