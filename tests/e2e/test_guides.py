@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import bentoml
 import cv2
+import httpx
 import numpy as np
 import pytest
+import yaml
 from pycocotools import mask as coco_masks
 
-from bentoml_detectron import demo
+from bentoml_detectron import Detections, demo
 from browsing import needs_chromium
 from documents import blocks
+from servers import Server, environment, served
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
-GUIDES = ("results",)
+GUIDES = ("results", "deploy")
 
 
 def text_of(name: str) -> str:
@@ -71,6 +81,105 @@ def test_javascript_decodes_masks_as_pycocotools(browser):
     page.close()
     for bitmap, places in zip(bitmaps, found, strict=True):
         assert places == np.flatnonzero(np.diff(bitmap.ravel(), prepend=0)).tolist()
+
+
+def named(name: str, file: str) -> str:
+    """The Python block of a guide that is a file."""
+    (text,) = (text for _, text in blocks(text_of(name)) if text.startswith(f"# {file}\n"))
+    return text
+
+
+class Page(BaseHTTPRequestHandler):
+    """An empty page, of an origin of its own."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/html")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def origins() -> Iterator[list[str]]:
+    """Two other servers, each with an empty page."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as one, ThreadingHTTPServer(("127.0.0.1", 0), Page) as two:
+        for each in (one, two):
+            threading.Thread(target=each.serve_forever, daemon=True).start()
+        yield [f"http://127.0.0.1:{each.server_port}" for each in (one, two)]
+        for each in (one, two):
+            each.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, demo_predictor, origins) -> Iterator[Server]:
+    """The deployment's ``service.py``, with the demo model and a token; pages of the first origin may ask it."""
+    folder = tmp_path_factory.mktemp("deploy")
+    saved = bentoml.detectron.save_model("deployed", demo_predictor)
+    text = named("deploy", "service.py")
+    assert '"street:latest"' in text
+    assert '"https://app.example.com"' in text
+    text = text.replace("street:latest", str(saved.tag)).replace("https://app.example.com", origins[0])
+    (folder / "service.py").write_text(text)
+    with served(folder, Path(os.environ["BENTOML_HOME"]), BENTOML_DETECTRON_TOKEN="secret") as server:
+        yield server
+
+
+@pytest.mark.parametrize("file", ["client.py", "one.py"])
+def test_clients_of_the_deployment(file, server, tmp_path):
+    (tmp_path / file).write_text(named("deploy", file))
+    paths = demo.images()[: None if file == "client.py" else 1]
+    given = environment(tmp_path, DETECTRON_URL=server.url, BENTOML_DETECTRON_TOKEN="secret")
+    command = [sys.executable, "-W", "ignore", file, *map(str, paths)]
+    printed = subprocess.run(command, cwd=tmp_path, env=given, check=True, timeout=60, capture_output=True, text=True).stdout
+    assert printed.count("Detections(") == len(paths)
+    assert all(path.name in printed for path in paths) or file == "one.py"
+
+
+@needs_chromium
+def test_javascript_of_another_page_asks_the_service(server, browser, origins):
+    (function,) = (text for language, text in blocks(text_of("deploy")) if language == "javascript")
+    content = list(demo.images()[3].read_bytes())
+    call = f"""([url, content, token]) => {{
+        {function}
+        const file = new File([new Uint8Array(content)], "digits.jpg", {{ type: "image/jpeg" }});
+        return predict(url, file, {{ token, scoreThreshold: 0.6 }}).catch(error => error.message);
+    }}"""
+    page = browser.new_page()
+    page.goto(origins[0])
+    assert len(Detections.from_json(page.evaluate(call, [server.url, content, "secret"]))) == 7
+    assert page.evaluate(call, [server.url, content, "wrong"]).startswith("401: send the service's token")
+    page.goto(origins[1])
+    assert page.evaluate(call, [server.url, content, "secret"]) == "Failed to fetch"
+    page.close()
+
+
+def test_metrics_of_the_deployment_are_there(server):
+    content, headers = demo.images()[3].read_bytes(), {"authorization": "Bearer secret"}
+    answers = [httpx.post(f"{server.url}/predict", files={"image": content}, headers=each) for each in (headers, {})]
+    assert [answer.status_code for answer in answers] == [200, 401]  # one that is refused
+    there = {name.partition("{")[0] for name in server.metrics()}
+    queries = "".join(text for language, text in blocks(text_of("deploy")) if language == "promql")
+    asked = set(re.findall(r"\b(?:detectron|bentoml)_\w+", queries))
+    assert len(asked) >= 8
+    assert asked <= there
+    rows = re.findall(r"^\| `((?:detectron|bentoml)_\w+)` \| (\w+) \|", text_of("deploy"), re.MULTILINE)
+    for name, kind in rows:
+        assert (f"{name}_bucket" if kind == "histogram" else name) in there
+    assert {name for name in there if name.startswith("detectron_")} == {
+        each for name, kind in rows if name.startswith("detectron_")
+        for each in ([f"{name}_{part}" for part in ("bucket", "sum", "count")] if kind == "histogram" else [name])
+    }  # fmt: skip
+
+
+def test_manifest_of_the_deployment_is_yaml():
+    (text,) = (text for language, text in blocks(text_of("deploy")) if language == "yaml")
+    secret, deployment, service = yaml.safe_load_all(text)
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert container["env"][0]["name"] == "BENTOML_DETECTRON_TOKEN"
+    assert container["env"][0]["valueFrom"]["secretKeyRef"] == {"name": secret["metadata"]["name"], "key": "token"}
 
 
 @pytest.mark.parametrize("name", GUIDES)
