@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import os
 import re
@@ -19,16 +20,17 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from bentoml._internal.frameworks import detectron as adapter
 from pycocotools import mask as coco_masks
 
-from bentoml_detectron import Detections, demo
+from bentoml_detectron import Detections, demo, errors
 from browsing import needs_chromium
 from documents import blocks
 from servers import Server, environment, served
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
-GUIDES = ("results", "deploy")
+GUIDES = ("results", "deploy", "upgrade")
 
 
 def text_of(name: str) -> str:
@@ -180,6 +182,48 @@ def test_manifest_of_the_deployment_is_yaml():
     assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
     assert container["env"][0]["name"] == "BENTOML_DETECTRON_TOKEN"
     assert container["env"][0]["valueFrom"]["secretKeyRef"] == {"name": secret["metadata"]["name"], "key": "token"}
+
+
+def run_file(file: str, folder: Path, *arguments: str, **more: str) -> str:
+    """Runs a file of the page on moving from other code; what it prints."""
+    (folder / file).write_text(named("upgrade", file))
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", file, *arguments], cwd=folder, check=True, timeout=120, capture_output=True, text=True,
+        env=environment(Path(os.environ["BENTOML_HOME"]), **more),
+    ).stdout  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*class names")
+def test_blocks_of_the_upgrade(demo_predictor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter.save_model("street", demo_predictor)
+    run("upgrade")
+
+
+def test_old_model_with_custom_objects_is_saved_again(demo_predictor, tmp_path):
+    old = adapter.save_model("old-objects", demo_predictor, custom_objects={"since": datetime.date(2024, 5, 17)})
+    with pytest.raises(errors.UnsafeFileError, match="BENTOML_DETECTRON_PLUG=0"):
+        bentoml.detectron.load_model(old.tag)
+    printed = run_file("resave.py", tmp_path, str(old.tag), "new-objects", BENTOML_DETECTRON_PLUG="0")
+    tag = printed.split()[-1]
+    assert tag.startswith("new-objects:")
+    assert len(bentoml.detectron.load_model(tag).model.state_dict()) == len(demo_predictor.model.state_dict())
+
+
+def test_module_of_an_old_model_is_saved_again_with_its_config(demo_predictor):
+    old = adapter.save_model("old-module-again", demo_predictor.model, config=demo_predictor.cfg)
+    config = bentoml.detectron.get(old.tag).custom_objects["config"]
+    new = bentoml.detectron.save_model("new-module-again", bentoml.detectron.load_model(old.tag), config)
+    assert bentoml.detectron.verify(new).ok
+
+
+def test_code_of_ones_own_goes_with_the_model(tmp_path):
+    (tmp_path / "my_heads.py").write_text(named("upgrade", "my_heads.py"))
+    run_file("save_own.py", tmp_path)
+    (tmp_path / "my_heads.py").unlink()
+    with pytest.raises(errors.UntrustedCodeError):
+        bentoml.detectron.load_model("own:latest")
+    assert run_file("load_own.py", tmp_path) == "MyBoxHead\n"
 
 
 @pytest.mark.parametrize("name", GUIDES)
