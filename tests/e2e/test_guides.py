@@ -7,10 +7,10 @@ import datetime
 import io
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from pycocotools import mask as coco_masks
 
 from bentoml_detectron import Detections, demo, errors
 from browsing import needs_chromium
-from documents import blocks
-from servers import Server, environment, served
+from documents import blocks, run_in_shell
+from servers import Server, served
 
 pytestmark = pytest.mark.slow
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -37,19 +37,22 @@ def text_of(name: str) -> str:
     return (DOCS / f"{name}.md").read_text()
 
 
-def run(name: str, namespace: dict | None = None) -> dict:
+def printed_by(text: str, namespace: dict) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(text, "a block", "exec"), namespace)  # noqa: S102 (what these tests are for)
+    return output.getvalue()
+
+
+def run(name: str) -> None:
     """Runs a guide's Python blocks that name no file, in order; each block of output is what the one before it prints."""
-    namespace = {} if namespace is None else namespace
+    namespace: dict = {}
     printed = ""
     for language, text in blocks(text_of(name)):
         if language == "python" and not re.match(r"# [\w/]+\.py\n", text):
-            output = io.StringIO()
-            with contextlib.redirect_stdout(output):
-                exec(compile(text, f"{name}.md", "exec"), namespace)  # noqa: S102 (what this test is for)
-            printed = output.getvalue()
+            printed = printed_by(text, namespace)
         elif language == "output":
             assert printed == text
-    return namespace
 
 
 def write_video(path: Path) -> None:
@@ -73,8 +76,8 @@ def test_javascript_decodes_masks_as_pycocotools(browser):
     rng = np.random.default_rng(0)
     shapes = [(1, 1), (7, 5), (40, 64), (300, 200), (2000, 30)]
     bitmaps = [np.asfortranarray(rng.random(shape) < share, np.uint8) for shape in shapes for share in (0, 0.001, 0.5, 1)]
-    bitmaps.append(np.zeros((2000, 1500), np.uint8, order="F"))
-    bitmaps[-1][3:1990, 700:1400] = 1
+    bitmaps.append(np.zeros((700, 500), np.uint8, order="F"))
+    bitmaps[-1][3:690, 200:480] = 1
     encoded = [coco_masks.encode(each) for each in bitmaps]
     given = [{"size": each["size"], "counts": each["counts"].decode()} for each in encoded]
     page = browser.new_page()
@@ -129,12 +132,13 @@ def server(tmp_path_factory, demo_predictor, origins) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("file", ["client.py", "one.py"])
-def test_clients_of_the_deployment(file, server, tmp_path):
-    (tmp_path / file).write_text(named("deploy", file))
+def test_clients_of_the_deployment(file, server, monkeypatch):
     paths = demo.images()[: None if file == "client.py" else 1]
-    given = environment(tmp_path, DETECTRON_URL=server.url, BENTOML_DETECTRON_TOKEN="secret")
-    command = [sys.executable, "-W", "ignore", file, *map(str, paths)]
-    printed = subprocess.run(command, cwd=tmp_path, env=given, check=True, timeout=60, capture_output=True, text=True).stdout
+    monkeypatch.setenv("DETECTRON_URL", server.url)
+    monkeypatch.setenv("BENTOML_DETECTRON_TOKEN", "secret")
+    monkeypatch.setattr(sys, "argv", [file, *map(str, paths)])
+    with ThreadPoolExecutor(1) as pool:  # the browser's event loop is the main thread's
+        printed = pool.submit(printed_by, named("deploy", file), {"__name__": "__main__"}).result(120)
     assert printed.count("Detections(") == len(paths)
     assert all(path.name in printed for path in paths) or file == "one.py"
 
@@ -184,15 +188,6 @@ def test_manifest_of_the_deployment_is_yaml():
     assert container["env"][0]["valueFrom"]["secretKeyRef"] == {"name": secret["metadata"]["name"], "key": "token"}
 
 
-def run_file(file: str, folder: Path, *arguments: str, **more: str) -> str:
-    """Runs a file of the page on moving from other code; what it prints."""
-    (folder / file).write_text(named("upgrade", file))
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", file, *arguments], cwd=folder, check=True, timeout=120, capture_output=True, text=True,
-        env=environment(Path(os.environ["BENTOML_HOME"]), **more),
-    ).stdout  # fmt: skip
-
-
 @pytest.mark.filterwarnings("ignore:.*class names")
 def test_blocks_of_the_upgrade(demo_predictor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -200,12 +195,14 @@ def test_blocks_of_the_upgrade(demo_predictor, tmp_path, monkeypatch):
     run("upgrade")
 
 
-def test_old_model_with_custom_objects_is_saved_again(demo_predictor, tmp_path):
+def test_old_model_with_custom_objects_is_saved_again(demo_predictor, monkeypatch):
     old = adapter.save_model("old-objects", demo_predictor, custom_objects={"since": datetime.date(2024, 5, 17)})
     with pytest.raises(errors.UnsafeFileError, match="BENTOML_DETECTRON_PLUG=0"):
         bentoml.detectron.load_model(old.tag)
-    printed = run_file("resave.py", tmp_path, str(old.tag), "new-objects", BENTOML_DETECTRON_PLUG="0")
-    tag = printed.split()[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(bentoml, "detectron", adapter)  # as BENTOML_DETECTRON_PLUG=0 has it; see test_plug.py
+        patch.setattr(sys, "argv", ["resave.py", str(old.tag), "new-objects"])
+        tag = printed_by(named("upgrade", "resave.py"), {}).split()[-1]
     assert tag.startswith("new-objects:")
     assert len(bentoml.detectron.load_model(tag).model.state_dict()) == len(demo_predictor.model.state_dict())
 
@@ -218,12 +215,12 @@ def test_module_of_an_old_model_is_saved_again_with_its_config(demo_predictor):
 
 
 def test_code_of_ones_own_goes_with_the_model(tmp_path):
-    (tmp_path / "my_heads.py").write_text(named("upgrade", "my_heads.py"))
-    run_file("save_own.py", tmp_path)
-    (tmp_path / "my_heads.py").unlink()
+    for file in ("my_heads.py", "save_own.py"):
+        (tmp_path / file).write_text(named("upgrade", file))
+    run_in_shell("$ python save_own.py\n", tmp_path, Path(os.environ["BENTOML_HOME"]))
     with pytest.raises(errors.UntrustedCodeError):
         bentoml.detectron.load_model("own:latest")
-    assert run_file("load_own.py", tmp_path) == "MyBoxHead\n"
+    assert printed_by(named("upgrade", "load_own.py"), {}) == "MyBoxHead\n"
 
 
 @pytest.mark.parametrize("name", GUIDES)
