@@ -111,7 +111,7 @@ def optimize(
         InvalidArgumentError: (``ValueError``) There are no images, or `name` is no tag.
         SaveError: The new model's version exists already.
         OptimizationError: The model in int8 is slower than in fp32, or drifts more than allowed; nothing was saved.
-        DetectronError: And what `load_predictor` raises.
+        DetectronError: Any other error that `load_predictor` raises.
     """
     if isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
         raise InvalidArgumentError(f"images must be a list, not {type(images).__name__}", value=type(images))

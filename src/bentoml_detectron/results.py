@@ -144,7 +144,11 @@ class Detections:
                 f"{index!r:.80} does not select from {len(self)} detections: {exc}", value=index
             ) from exc
         if np.ndim(chosen) != 1:
-            raise InvalidArgumentError(f"{index!r:.80} is not a list; for a single detection give a list of one", value=index)
+            raise InvalidArgumentError(
+                f"{index!r:.80} is not a list; for a single detection give a list of one, as [0]; to loop over detections, loop "
+                "over the attributes, as zip(found.class_names, found.scores)",
+                value=index,
+            )
         return chosen
 
     def polygons(self) -> list[list[list[float]]]:

@@ -169,7 +169,7 @@ def load_predictor(
 
     Raises:
         InvalidArgumentError: (``ValueError``) An argument is out of range.
-        DetectronError: And what `load_model` raises.
+        DetectronError: Any other error that `load_model` raises.
 
     Example::
 
@@ -233,7 +233,7 @@ def check_code(bento_model: Model, *, trust_remote_code: bool, trusted: Sequence
 
     Raises:
         UntrustedCodeError: It may not.
-        DetectronError: And what `load_model` raises.
+        DetectronError: Any other error that `load_model` raises.
     """
     folder = Path(bento_model.path)
     if not (folder / manifest.MANIFEST).is_file():

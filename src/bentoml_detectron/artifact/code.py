@@ -60,7 +60,7 @@ def write(folder: Path, modules: Sequence[ModuleType]) -> list[str]:
         warnings.warn(
             f"the model's external_modules import {', '.join(left)}, which no installed package provides: elsewhere the model "
             "cannot be loaded; add what is missing to external_modules",
-            stacklevel=2,
+            stacklevel=3,
         )
     with zipfile.ZipFile(folder / ARCHIVE, "w", zipfile.ZIP_DEFLATED) as archive:
         for inside, text in sources.items():

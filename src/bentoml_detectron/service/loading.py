@@ -30,7 +30,7 @@ def load_tested(model: bentoml.Model, settings: Settings) -> Predictor:
     Raises:
         InvalidArgumentError: This machine does not compute in the precision.
         InvalidModelError: The model finds something else.
-        DetectronError: And what `load_predictor` raises.
+        DetectronError: Any other error that `load_predictor` raises.
     """
     saved = open_model(model, trust_remote_code=settings.trust_remote_code, trusted=settings.trusted)
     limits = Limits(max_pixels=settings.max_image_pixels, max_bytes=settings.max_body_bytes)
