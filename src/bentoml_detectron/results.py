@@ -145,8 +145,8 @@ class Detections:
             ) from exc
         if np.ndim(chosen) != 1:
             raise InvalidArgumentError(
-                f"{index!r:.80} is not a list; for a single detection give a list of one, as [0]; to loop over detections, loop "
-                "over the attributes, as zip(found.class_names, found.scores)",
+                f"{index!r:.80} is not a list; for a single detection give a list of one, as [0]; to loop over detections, "
+                "loop over the attributes, as zip(found.class_names, found.scores)",
                 value=index,
             )
         return chosen
