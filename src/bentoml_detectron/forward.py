@@ -88,10 +88,19 @@ def forward(model: nn.Module, inputs: Sequence[dict[str, Any]], options: Sequenc
     return [_recognised(each, wanted, settings) for each, wanted in zip(adjusted(list(inputs)), options, strict=True)]
 
 
+_INFERENCE = ("__call__", "forward", "inference", "_postprocess")
+
+
 def _is_plain(model: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a model is of that kind and does its inference as Detectron2 does, not in a way of its own."""
-    return isinstance(model, kind) and all(
-        getattr(type(model), name, None) is getattr(kind, name, None) for name in ("forward", "inference", "_postprocess")
+    """Whether a model is of that kind and does its inference as Detectron2 does: its class, and itself, too.
+
+    A hook, or a method that was set on the module, may change what it finds, and runs only where the module itself is called.
+    """
+    return (
+        isinstance(model, kind)
+        and all(getattr(type(model), name, None) is getattr(kind, name, None) for name in _INFERENCE)
+        and vars(model).keys().isdisjoint(_INFERENCE)
+        and not (model._forward_hooks or model._forward_pre_hooks)
     )
 
 

@@ -225,7 +225,8 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 def _lazy_config(path: Path, overrides: Sequence[str], trusted: bool) -> DictConfig:
     if not trusted:
         raise UntrustedCodeError(
-            f"{path} is a LazyConfig, that is, Python code; if you trust its author, run it with --trust-remote-code",
+            f"{path} is a LazyConfig, that is, Python code; if you trust its author, run it with --trust-remote-code "
+            "(trust_remote_code=True)",
             file=path.name,
             value=str(path),
         )

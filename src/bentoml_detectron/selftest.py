@@ -120,6 +120,8 @@ def _for_the_test(model: nn.Module, change: Change) -> nn.Module:
 
     def for_the_test(module: nn.Module) -> dict[str, Any]:
         changes: dict[str, Any] = {"training": False}
+        if module._buffers:  # a model may write into its own where it counts or adapts
+            changes["_buffers"] = {name: None if each is None else each.clone() for name, each in module._buffers.items()}
         most = getattr(module, "post_nms_topk", None)
         if isinstance(most, dict):
             changes["post_nms_topk"] = {key: min(value, PROPOSALS) for key, value in most.items()}
@@ -137,7 +139,9 @@ def _for_the_test(model: nn.Module, change: Change) -> nn.Module:
 def _run(model: nn.Module, seen: nn.Module, image_input: Input, dataset: Dataset | None) -> Any:
     unresized = Input(format=image_input.format, min_size_test=0, max_size_test=0)
     predictor = Predictor(seen, unresized, dataset, batch="exact")
-    with _evaluating(model), own_random_numbers(device_of(model)):
+    device = device_of(model)
+    # Whoever saves or verifies may be inside autocast, which is for what they compute.
+    with _evaluating(model), own_random_numbers(device), torch.autocast(device.type, enabled=False):
         result = predictor.predict([image()], [WANTED])[0]
     if isinstance(result, Exception):
         raise result

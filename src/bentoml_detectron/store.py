@@ -504,7 +504,7 @@ def _record(
             metadata={**copy.deepcopy(metadata or {}), IS_PREDICTOR: is_predictor},
             context=ModelContext(framework_name="detectron2", framework_versions={"detectron2": detectron2}),
         )
-    except (TypeError, ValueError, BentoMLException) as exc:
+    except Exception as exc:  # attrs, cattrs and BentoML have errors of their own
         raise InvalidArgumentError(f"BentoML does not accept these signatures, labels or metadata: {exc}") from exc
 
 
@@ -566,7 +566,10 @@ def check_tag(tag_like: object) -> Tag:
             f"{tag_like!r} is not a valid tag; give a name such as 'mask_rcnn', or a Tag", value=tag_like
         )
     try:
-        return Tag.from_taglike(tag_like)
+        tag = Tag.from_taglike(tag_like)
+        if not str(tag).isprintable():  # BentoML lets a line's end pass
+            raise ValueError("it has characters that cannot be printed")
+        return tag
     except (ValueError, BentoMLException) as exc:
         raise InvalidArgumentError(
             f"{tag_like!r} is not a valid tag: {exc}. Give 'name' or 'name:version', with lower-case letters, "

@@ -181,10 +181,10 @@ def test_a_worse_model_is_told_apart(digits_home, tmp_path, bentoml_home):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (ON_DEMO, "Error: there is nothing to evaluate; give the TAG of a saved model, or --url of a service"),
+        (ON_DEMO, "Error: there is nothing to evaluate; give the TAG of a saved model, or the --url of a service"),
         (("nobody", *ON_DEMO), "Error: no Models with name 'nobody'"),
         (("digits", "--annotations", "none.json", "--images", str(IMAGES)), "Error: cannot read none.json (No such file"),
-        (("digits", "--annotations", str(ANNOTATIONS), "--images", "none"), "Error: none is no folder; give that of"),
+        (("digits", "--annotations", str(ANNOTATIONS), "--images", "none"), "Error: none is not a folder; give the folder"),
         (("digits", *ON_DEMO, "--json", "/none/a.json"), "Error: there is no folder /none; give another --json"),
         (("digits", *ON_DEMO, "--json", "/dev"), "Error: /dev is a folder; give another --json"),
         (("digits", *ON_DEMO, "--compare", "none"), "Error: no Models with name 'none' exist"),
@@ -301,7 +301,7 @@ def test_what_only_one_of_two_models_finds_is_noted(digits_home, tmp_path, bento
     for tag, other in (("digits", "boxes"), ("boxes", "digits")):
         result = ran(bentoml_home, tag, "--compare", other, *ON_DEMO, "--resamples", "20")
         assert result.returncode == 0, result.stderr
-        assert "note: mask is not compared: one of the two has none" in result.stdout.splitlines()
+        assert "note: mask is not compared: only one of the two models has it" in result.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_an_image_that_cannot_be_read_is_named(digits_home, tmp_path, server):
     arguments = ("--annotations", str(ANNOTATIONS), "--images", str(tmp_path))
     assert failed(digits_home, "digits", *arguments).startswith(f"Error: {tmp_path}/digits_07.jpg: it is cut short or damaged")
     remote = failed(digits_home, "--url", server.url, *arguments, BENTOML_DETECTRON_TOKEN="secret")
-    assert remote.startswith(f"Error: {tmp_path}/digits_07.jpg: the service answers 400, it is cut short or damaged")
+    assert remote.startswith(f"Error: {tmp_path}/digits_07.jpg: the service answered 400, it is cut short or damaged")
     (tmp_path / "digits_07.jpg").unlink()
     (tmp_path / "digits_08.jpg").unlink()
     missing = failed(digits_home, "digits", *arguments)
@@ -336,7 +336,7 @@ def test_names_that_the_model_lacks_are_an_error(digits_home, tmp_path):
     (tmp_path / "renamed.json").write_text(json.dumps(truth))
     said = failed(digits_home, "digits", "--annotations", str(tmp_path / "renamed.json"), "--images", str(IMAGES))
     tag = "digits:" + said.partition("digits:")[2].partition(":")[0]
-    message = f"Error: {tag}: the model has no class 'three' of renamed.json; it has 0, 1, 2 and 7 more. Name them alike"
+    message = f"Error: {tag}: the model has no class 'three' of renamed.json; it has 0, 1, 2 and 7 more. Use the same names"
     assert said.startswith(message)
 
 
@@ -346,7 +346,7 @@ def test_a_service_that_is_not_there_or_wants_a_token_is_one_line(digits_home, s
     assert result.stderr.startswith(f"Error: nothing answers at {url} (")
     assert result.stderr.count("\n") == 1
     wrong = ran(digits_home, "--url", server.url, *ON_DEMO, BENTOML_DETECTRON_TOKEN="another")
-    assert wrong.stderr == f"Error: {server.url} asks for another token: set BENTOML_DETECTRON_TOKEN, or give token\n"
+    assert wrong.stderr == f"Error: {server.url} requires a different token: set BENTOML_DETECTRON_TOKEN, or pass token=\n"
     assert "another" not in ran(digits_home, "--url", server.url, *ON_DEMO, BENTOML_DETECTRON_TOKEN="anoth\u00e9r").stdout
 
 

@@ -179,7 +179,7 @@ def test_names_of_files_cannot_write_lines_of_their_own(digits_home, tmp_path):
 def test_url_is_refused_in_one_line(digits_home, tmp_path):
     result = predicted(digits_home, "https://example.com/a.jpg", "--output", tmp_path / "found.json")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
-    assert result.stderr.startswith("Error: nothing is fetched")
+    assert result.stderr.startswith("Error: URLs are not supported")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -480,7 +480,7 @@ def test_unfinished_run_goes_on_only_with_the_same_arguments(tmp_path, saved, mi
     with pytest.raises(errors.OutputError, match="holds an unfinished run; continue it"):
         write(saved, mixed, output, chunk=2)
     for change, match in [
-        ({"top_k": 3}, "top_k was None, and is 3"),
+        ({"top_k": 3}, "top_k was None, but is now 3"),
         ({"chunk": 3}, "chunk was 2, but is now 3"),
         ({"source": sorted(mixed.iterdir())[1:]}, "sources was"),
         ({"outputs": [output, tmp_path / "more.json"]}, "outputs was"),

@@ -561,7 +561,7 @@ class TestAutocast:
             model.backbone.fpn_output2.bias.fill_(1e5)
         fast, given = engines.autocast(model, "fp16"), torch.rand(1, 3, 64, 64)
         told = [each.message for each in caplog.records if each.name == engines.__name__]
-        assert told[0] == "backbone in fp16 is off by inf; it stays as it is"
+        assert told[0] == "backbone in fp16 is off by inf; it runs unaccelerated"
         with torch.inference_mode():
             assert torch.equal(fast.backbone(given)["p2"], model.backbone(given)["p2"])
 
@@ -709,6 +709,22 @@ def _double(model):
         each.__class__ = Doubling
 
 
+def _halve(model):
+    whole = model.preprocess_image
+
+    def half(given):
+        images = whole(given)
+        images.tensor = images.tensor * 0.5
+        return images
+
+    model.preprocess_image = half
+
+
+def _shrink(model):
+    decode = model.proposal_generator._decode_proposals
+    model.proposal_generator._decode_proposals = lambda *given: [each * 0.9 for each in decode(*given)]
+
+
 def _changed(change):
     model = built(tiny_cfg())
     change(model)
@@ -728,10 +744,13 @@ def _changed(change):
         lambda model: model.roi_heads.box_pooler.register_forward_hook(lambda module, given, pooled: pooled * 2),
         lambda model: model.roi_heads.box_pooler.level_poolers[1].register_forward_pre_hook(lambda module, given: given),
         lambda model: setattr(model, "__class__", AskingWhereItIs),
+        _halve,
+        _shrink,
     ],
     ids=["anchors are written into", "RPN's head views", "box head views", "pooled features are viewed",
          "feature maps are viewed", "backbone that cannot be copied", "RoIAlign that doubles", "hook on a pooler",
-         "hook before a level's pooler", "parts are asked where they are"],
+         "hook before a level's pooler", "parts are asked where they are", "preprocess_image that is set on the model",
+         "_decode_proposals that is set on the RPN"],
 )  # fmt: skip
 @every_precision
 def test_parts_of_a_users_own_find_what_they_find_in_detectron2(change, precision):

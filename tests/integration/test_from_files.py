@@ -208,7 +208,7 @@ class TestConfig:
             (["MODEL.ROI_HEADS.SCORE_THRESH", "1"], r"did you mean MODEL\.ROI_HEADS\.SCORE_THRESH_TEST\?"),
             (["MODEL.ROI_HEADS.NUM_CLASSES", "many"], "is not valid: .*a value of the right type"),
             (["INPUT.FORMAT"], "INPUT.FORMAT has no value; give KEY VALUE pairs"),
-            (["--name", "x"], "--name comes after the overrides; give options before"),
+            (["--name", "x"], "--name comes after the overrides; put options before"),
             (["_BASE_", "x"], "_BASE_ x is not valid"),
         ],
     )

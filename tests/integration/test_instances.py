@@ -191,7 +191,7 @@ def test_one_that_cannot_be_loaded_is_missed_and_no_more(make, error, caplog):
         return made[-1]
 
     async def main(engine: Engine) -> None:
-        await until(lambda: "an instance less: the model cannot be loaded" in caplog.text)
+        await until(lambda: "one instance is lost: the model cannot be loaded" in caplog.text)
         assert engine.failure is None
         made[0].go.release()
         assert len(await ask(engine, 1)[0])

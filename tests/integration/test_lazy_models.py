@@ -358,7 +358,7 @@ class TestRefused:
         node = small_node()
         node._set_flag("allow_objects", True)
         node.norm = nn.Linear(1, 1)
-        with pytest.raises(errors.InvalidArgumentError, match=r"config\.norm is a Linear"):
+        with pytest.raises(errors.InvalidArgumentError, match=r"config\.norm is of type Linear"):
             bentoml.detectron.save_model("lazy-refused", build(small_node()), config=node)
 
     def test_setting_that_was_changed_in_the_module(self):

@@ -69,7 +69,7 @@ def test_faster_model_that_finds_something_else_is_refused(saved, monkeypatch):
     compiled = eager.compiled
     monkeypatch.setattr(eager, "compiled", worse)
     monkeypatch.setitem(engines.TOLERANCES, "fp32", 1.0)
-    with pytest.raises(InvalidModelError, match="fails its self-test: made faster, only"):
+    with pytest.raises(InvalidModelError, match="fails its self-test: accelerated, only"):
         loading.load_tested(saved, Settings())
 
 

@@ -141,6 +141,39 @@ def test_one_image_of_the_demo_gives_what_default_predictor_gives(demo_predictor
         assert np.abs(found.scores - exact.scores).max() < 1e-3
 
 
+def _sure(outputs):
+    return [{"instances": each["instances"][each["instances"].scores > 0.9]} for each in outputs]
+
+
+def _set_on_it(name):
+    def change(model):
+        before = getattr(model, name)
+        setattr(model, name, lambda *given, **named: _sure(before(*given, **named)))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.register_forward_hook(lambda module, given, outputs: _sure(outputs)),
+        *map(_set_on_it, ["forward", "inference"]),
+    ],
+    ids=["hook", "forward", "inference"],
+)  # fmt: skip
+def test_what_is_set_on_a_model_itself_holds_for_the_predictor_and_is_not_lost_in_saving(change):
+    default = demo.predictor()
+    image = np.asarray(Image.open(demo.images()[0]))[:, :, ::-1]
+    count = len(default(image)["instances"])
+    change(default.model)
+    due = default(image)["instances"]
+    assert 0 < len(due) < count
+    found = Predictor(default.model, config.input_of(default.cfg))([image])[0]
+    assert np.array_equal(found.scores, due.scores)
+    with pytest.raises(errors.InvalidModelError, match="the model would give other results"):
+        bentoml.detectron.save_model("hooked", default)
+
+
 class TestBatches:
     """Images of one call go through the model together."""
 

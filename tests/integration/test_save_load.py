@@ -272,7 +272,7 @@ def test_predictor_that_is_called_in_its_own_way_is_saved_with_a_warning(tmp_pat
             return len(super().__call__(original_image)["instances"])
 
     saved = bentoml.detectron.save_model("counting", Counting(checkpoint(tiny_cfg(), tmp_path / "weights.pth")))
-    assert "Counting calls its model in its own way, which is not saved" in caplog.text
+    assert "Counting overrides __call__, which is not saved" in caplog.text
     assert type(bentoml.detectron.load_model(saved)) is DefaultPredictor
 
 
@@ -661,7 +661,7 @@ def test_what_a_run_leaves_in_a_module_is_no_setting(store):
 def test_model_in_16_bits_that_cannot_run_is_no_predictor():
     cfg = tiny_cfg()
     saved = bentoml.detectron.save_model("half", built(cfg).half(), cfg)
-    with pytest.raises(errors.InvalidModelError, match=r"weights are in torch.float16.*module.float\(\)"):
+    with pytest.raises(errors.InvalidModelError, match=r"weights are torch.float16.*module.float\(\)"):
         bentoml.detectron.load_predictor(saved)
 
 
@@ -670,7 +670,7 @@ def test_model_in_16_bits_that_cannot_run_is_no_predictor():
     [
         ({"signatures": ["__call__"]}, "signatures"),
         ({"signatures": {"__call__": True}}, "signatures"),
-        ({"custom_objects": ["a"]}, "custom_objects is a list"),
+        ({"custom_objects": ["a"]}, "custom_objects must be a dict"),
     ],
     ids=["signatures", "a signature", "custom_objects"],
 )

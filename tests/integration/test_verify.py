@@ -54,6 +54,52 @@ def test_a_caller_s_mistake_is_an_error_and_no_problem_of_the_model(demo_predict
     bentoml.models.delete(other.tag)
 
 
+@META_ARCH_REGISTRY.register()
+class Adapting(GeneralizedRCNN):
+    """Normalizes by what it has seen, and writes that into its buffer."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.register_buffer("level", torch.tensor(120.0))
+
+    def preprocess_image(self, given):
+        images = super().preprocess_image([{**each, "image": each["image"] * (120 / self.level)} for each in given])
+        self.level.lerp_(given[0]["image"].mean(), 0.5)
+        return images
+
+
+@pytest.mark.filterwarnings("ignore:the model needs")
+def test_model_that_writes_into_its_buffers_is_saved_as_it_was():
+    cfg = tiny_cfg("Adapting")
+    module = built(cfg)
+    saved = bentoml.detectron.save_model("adapting", module, cfg)
+    assert module.level == 120
+    assert bentoml.detectron.load_model(saved).level == 120
+    assert verify(saved).identical
+
+
+@pytest.mark.parametrize("where", ["saved", "verified"])
+def test_autocast_around_it_changes_nothing(where, demo_predictor):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "saved"):
+        saved = bentoml.detectron.save_model("autocast", demo_predictor)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=where == "verified"):
+        assert verify(saved).identical
+
+
+@pytest.mark.parametrize("name", ["a\n", "a:1\n"])
+def test_name_with_a_line_s_end_is_refused(name, demo_predictor):
+    with pytest.raises(errors.InvalidArgumentError, match="is not a valid tag"):
+        bentoml.detectron.save_model(name, demo_predictor)
+
+
+@pytest.mark.parametrize("given", [None, 5, [1]], ids=str)
+def test_datasets_that_are_no_names_are_none(given):
+    cfg = small_cfg()
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = given, given
+    saved = bentoml.detectron.save_model("nameless", built(small_cfg()), cfg)
+    assert verify(saved).ok
+
+
 def boxes_cfg() -> Any:
     """Random weights amplify; with these statistics they do not."""
     cfg = tiny_cfg()
@@ -806,7 +852,7 @@ class TestChangedLibraries:
         saved = fresh()
         with mock.patch.object(torchvision.ops.boxes, "batched_nms", side_effect=RuntimeError("no kernel")):
             report = verify(saved)
-        assert report.problems == ("the self-test fails, which ran when the model was saved: RuntimeError('no kernel')",)
+        assert report.problems == ("the self-test fails, although it ran when the model was saved: RuntimeError('no kernel')",)
 
 
 class TestDamage:
@@ -933,7 +979,7 @@ class TestDamage:
         saved = fresh()
         path = Path(saved.path) / "model.yaml"
         path.write_text(path.read_text().replace("api_version: v2", "api_version: v1"))
-        assert any("model.yaml is not what was saved" in problem for problem in verify(str(saved.tag)).problems)
+        assert any("model.yaml differs from what was saved" in problem for problem in verify(str(saved.tag)).problems)
 
 
 def other_size(text: str) -> str:
@@ -1039,7 +1085,8 @@ for given in [], [verified_own]:
         done = command(installed, "--trusted", "other", "--trusted", "verified_own", cwd=tmp_path, **path)
         assert done.returncode == 0
         assert done.stdout.splitlines() == [
-            "note: no self-test was recorded when the model was saved", f"{installed} is what was saved, and loads",
+            "note: no self-test was recorded when the model was saved",
+            f"{installed} is unchanged since it was saved, and loads",
         ]  # fmt: skip
         refused = command(carried, cwd=tmp_path)
         assert refused.returncode == 1

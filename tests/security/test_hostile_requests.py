@@ -201,7 +201,7 @@ def test_good_request_is_answered(site):
         (form(top_k="1.5"), 400, "top_k is 1.5"),
         (form(classes="person"), 400, "no class 'person'"),
         (form(classes='["8", "person"]'), 400, "no class 'person'"),
-        (form(classes="10"), 400, "10 is no class; ids are whole numbers from 0 to 9"),
+        (form(classes="10"), 400, "10 is not a class; ids are whole numbers from 0 to 9"),
         (form(classes="-1"), 400, "no class '-1'"),
     ],
 )

@@ -151,7 +151,9 @@ def test_sigmas_are_cocos_for_17_keypoints():
 def test_sigmas_of_other_keypoints_are_given_or_the_same_for_each():
     truth, found = random_dataset(3, keypoints=5)
     given_none = evaluate(found, truth)
-    assert given_none.notes == ("the AP of 5 keypoints uses a sigma of 1/5 for each; set others with keypoint_sigmas",)
+    assert given_none.notes == (
+        "the AP of 5 keypoints uses a sigma of 1/5 for each; set others with --keypoint-sigmas (keypoint_sigmas=)",
+    )
     uniform = evaluate(found, truth, keypoint_sigmas=[0.2] * 5)
     assert uniform.to_dict()["tasks"] == given_none.to_dict()["tasks"]
     strict = evaluate(found, truth, keypoint_sigmas=[0.01] * 5)

@@ -164,7 +164,8 @@ def dataset_of(cfg: CfgNode) -> Dataset | None:
 
 def dataset_names(cfg: CfgNode) -> list[str]:
     """The datasets that the config tests on, and then those that it trains on."""
-    return [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+    given = [each for each in (cfg.DATASETS.TEST, cfg.DATASETS.TRAIN) if isinstance(each, (list, tuple))]
+    return [name for names in given for name in names if isinstance(name, str)]
 
 
 def first_known(names: Sequence[str]) -> Dataset | None:

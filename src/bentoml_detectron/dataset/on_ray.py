@@ -61,7 +61,8 @@ class _Place:
 
         if self.version != __version__:
             raise DetectronError(
-                f"a worker has bentoml-detectron {__version__}, but the run has {self.version}; install the same everywhere"
+                f"a worker has bentoml-detectron {__version__}, but the run has {self.version}; install the same "
+                "version on all nodes"
             )
         torch.set_num_threads(max(1, self.cpus))
         return loaded(work)

@@ -18,6 +18,8 @@ from torch import nn
 
 def takes(model: nn.Module) -> bool:
     """Whether a model normalizes and pads as Detectron2's do, to a multiple and not to a square."""
+    if "preprocess_image" in vars(model):  # set on the module itself
+        return False
     own = getattr(type(model), "preprocess_image", None)
     # Detectron2's main branch has them also where a backbone, as FPN, asks for no square: {"square_size": 0}.
     constraints = getattr(getattr(model, "backbone", None), "padding_constraints", None) or {}

@@ -23,6 +23,7 @@ def takes(generator: nn.Module | None) -> bool:
     """Whether it is an RPN that chooses as Detectron2's does."""
     return (
         isinstance(generator, RPN)
+        and vars(generator).keys().isdisjoint(("predict_proposals", "_decode_proposals"))  # set on the module itself
         and type(generator).predict_proposals is RPN.predict_proposals
         and type(generator)._decode_proposals is RPN._decode_proposals
         and isinstance(generator.box2box_transform, Box2BoxTransform)

@@ -254,7 +254,10 @@ class Instances:
             return np.asarray(self._sigmas, np.float64)
         if count == len(COCO_SIGMAS):
             return np.array(COCO_SIGMAS)
-        self.notes.append(f"the AP of {count} keypoints uses a sigma of 1/{count} for each; set others with keypoint_sigmas")
+        self.notes.append(
+            f"the AP of {count} keypoints uses a sigma of 1/{count} for each; set others with --keypoint-sigmas "
+            "(keypoint_sigmas=)"
+        )
         return np.full(count, 1 / count)
 
     def _measured(
