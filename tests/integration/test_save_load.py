@@ -608,7 +608,7 @@ def test_entry_that_is_registered_from_another_place_is_taken(monkeypatch):
     saved = bentoml.detectron.save_model("elsewhere", built(cfg), cfg)
     assert type(bentoml.detectron.load_model(saved)) is Elsewhere
     monkeypatch.delitem(META_ARCH_REGISTRY._obj_map, "Elsewhere")
-    with pytest.raises(errors.UnknownEntryError, match="import a_module_that_is_gone"):
+    with pytest.raises(errors.UntrustedCodeError, match="import a_module_that_is_gone"):
         bentoml.detectron.load_model(saved)
 
 

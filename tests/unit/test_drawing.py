@@ -247,5 +247,5 @@ def test_what_is_no_picture_is_refused(image):
 
 def test_without_supervision_the_install_line_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(DependencyMissingError, match=r"pip install 'bentoml-detectron\[draw\]'"):
+    with pytest.raises(DependencyMissingError, match="pip install supervision"):
         draw(picture(), found())
