@@ -230,7 +230,7 @@ def test_workers_errors_are_this_packages_and_leave_nothing(folder, saved, conne
     for options, kind, match in [
         ({"classes": ["nine"]}, errors.InvalidArgumentError, "^the model has no class 'nine'.*$"),
         ({"device_id": "warp"}, errors.InvalidArgumentError, "^the Ray cluster has 0 GPUs.*$"),
-        ({"ray_workers": 3}, errors.InvalidArgumentError, "^the Ray cluster has 2 cores, and 3 workers need one each.*$"),
+        ({"ray_workers": 3}, errors.InvalidArgumentError, "^the Ray cluster has 2 cores, but 3 workers need one each.*$"),
         (
             {"ray_address": "127.0.0.1:1"},
             errors.InvalidArgumentError,
