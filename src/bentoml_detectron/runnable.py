@@ -11,7 +11,8 @@ from bentoml._internal.models.model import ModelSignature
 from bentoml._internal.models.model import PartialKwargsModelOptions as ModelOptions
 
 from bentoml_detectron.errors import InvalidArgumentError
-from bentoml_detectron.store import IS_PREDICTOR, check_framework, load_model
+from bentoml_detectron.records import IS_PREDICTOR, check_framework
+from bentoml_detectron.store import load_model
 
 if TYPE_CHECKING:
     import torch

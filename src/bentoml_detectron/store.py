@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import logging
-import secrets
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import bentoml
 import cloudpickle
 from bentoml import Model, Tag
-from bentoml.exceptions import BentoMLException, NotFound
+from bentoml.exceptions import NotFound
 
-from bentoml_detectron import imports
-from bentoml_detectron.artifact import code, files, manifest, plain_yaml
+from bentoml_detectron import imports, records
+from bentoml_detectron.artifact import code, files, manifest
 from bentoml_detectron.errors import (
     CorruptFileError,
     DetectronError,
@@ -33,10 +31,9 @@ from bentoml_detectron.staging import check_free, publish, staged
 
 # BentoML's adapters, its own and those of other distributions, all build on these.
 from bentoml._internal.configuration.containers import BentoMLContainer  # isort: skip
-from bentoml._internal.models.model import ModelContext, ModelInfo, ModelSignature, ModelStore, PartialKwargsModelOptions  # isort: skip
 
 if TYPE_CHECKING:
-    from bentoml._internal.models.model import ModelSignaturesType
+    from bentoml._internal.models.model import ModelInfo, ModelSignaturesType
     from detectron2.config import CfgNode
     from detectron2.engine import DefaultPredictor
     from torch import nn
@@ -50,14 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODULE = "bentoml.detectron"
-MODULES = (MODULE, "bentoml._internal.frameworks.detectron")
-"""The names under which a model of this framework may be recorded; the second by some versions of BentoML's adapter."""
-API_VERSION = "v2"
-"""Ours; BentoML's own adapter wrote ``v1``."""
-IS_PREDICTOR = "_is_predictor"
-RECORD = "model.yaml"
-
 
 def get(tag_like: str | Tag) -> Model:
     """Gets a saved Detectron2 model from BentoML's model store, without loading it.
@@ -70,24 +59,24 @@ def get(tag_like: str | Tag) -> Model:
         InvalidArgumentError: (``ValueError``) `tag_like` is no tag.
         CorruptFileError: Its record is damaged.
     """
-    tag = check_tag(tag_like)
+    tag = records.check_tag(tag_like)
     tag = Tag(tag.name, tag.version)  # BentoML writes the version that it found into the tag that it is given
     try:
-        model: Model = bentoml.models.get(tag, _model_store=_Store(BentoMLContainer.model_store_dir.get()))
+        model: Model = bentoml.models.get(tag, _model_store=records.Store(BentoMLContainer.model_store_dir.get()))
     except NotFound as exc:
         raise ModelNotFoundError(str(exc), value=str(tag_like)) from exc
     except (DetectronError, Warning, ImportError):
         raise
     except Exception as exc:  # a damaged record fails in BentoML in whatever way its bytes lead to
-        raise CorruptFileError(f"BentoML cannot read model.yaml of {tag_like}: {exc!r}", file="model.yaml") from exc
-    check_framework(model)
+        raise CorruptFileError(f"BentoML cannot read {records.RECORD} of {tag_like}: {exc!r}", file=records.RECORD) from exc
+    records.check_framework(model)
     return model
 
 
 def resolve(bento_model: str | Tag | Model) -> Model:
     """The saved model itself, of its tag or as it is; errors as in `get`."""
     if isinstance(bento_model, Model):
-        check_framework(bento_model)
+        records.check_framework(bento_model)
         return bento_model
     return get(bento_model)
 
@@ -277,9 +266,11 @@ def open_model(bento_model: str | Tag | Model, *, trust_remote_code: bool = Fals
         from bentoml_detectron import model  # noqa: F401 all that loading needs
         from bentoml_detectron.artifact import folder
 
-    is_predictor = bento_model.info.metadata.get(IS_PREDICTOR, True)
+    is_predictor = bento_model.info.metadata.get(records.IS_PREDICTOR, True)
     if not isinstance(is_predictor, bool):
-        raise CorruptFileError(f"model.yaml of {bento_model.tag} says {IS_PREDICTOR}: {is_predictor!r}", file="model.yaml")
+        raise CorruptFileError(
+            f"{records.RECORD} of {bento_model.tag} says {records.IS_PREDICTOR}: {is_predictor!r}", file=records.RECORD
+        )
     path = Path(bento_model.path)
     if bento_model.info.api_version == "v1":
         return folder.open_bentoml_v1(path, is_predictor=is_predictor)
@@ -350,20 +341,15 @@ def save_model(
     _warn_of_code(description, [each.__name__ for each in modules])
     if is_predictor and config is not None:
         logger.warning("config is ignored if 'checkpointables' is a DefaultPredictor, which has its own")
-    info = _record(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
+    info = records.new(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
     rebuilt = check_saveable(module, description)
     tested = _self_test(module, rebuilt, description) if self_test else None
     del rebuilt
-    store = Path(BentoMLContainer.model_store_dir.get())
-    with staged(store) as scratch, _one_error(info.tag):
-        content = scratch / "model"
-        content.mkdir()
-        _write_record(content, info)
+    with _saving(info) as content:
         carried = code.write(content, modules)
         _pickle_objects(content / "custom_objects.pkl", custom_objects or {}, cfg, modules)
         folder.write_parts(content, module, description.plain)
         folder.seal(content, description, is_predictor=is_predictor, external_modules=carried, self_test=tested)
-        publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
     return get(info.tag)
 
 
@@ -392,17 +378,12 @@ def save_calibrated(
 
     own = manifest_of(bento_model, saved)
     old = bento_model.info
-    info = _record(
+    info = records.new(
         check_new(name), saved.is_predictor, own.versions["detectron2"], dict(old.signatures), old.labels,
         {**old.metadata, **metadata},
     )  # fmt: skip
-    store = Path(BentoMLContainer.model_store_dir.get())
-    with staged(store) as scratch, _one_error(info.tag):
-        content = scratch / "model"
-        content.mkdir()
-        _write_record(content, info)
+    with _saving(info) as content:
         folder.copy_calibrated(saved.folder, content, own, int8.to_plain(calibration))
-        publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: _is_newer(info, path))
     return get(info.tag)
 
 
@@ -430,10 +411,9 @@ def _warn_of_code(description: Description, carried: Sequence[str]) -> None:
     needed = {entry.module: entry.name for entry in description.entries}
     if description.kind == "lazy":
         needed = {module: module for module in lazy_build.untrusted(description.plain)}
-    tops = [name.partition(".")[0] for name in carried]
-    for module, name in sorted(needed.items()):
-        if config.is_trusted(module, ["detectron2", *tops]) or code.is_installed(module):
-            continue
+    known = ["detectron2", *(name.partition(".")[0] for name in carried)]
+    for module in sorted(code.not_installed([each for each in needed if not config.is_trusted(each, known)])):
+        name = needed[module]
         where = (
             "this program's own file" if module == "__main__" else f"the module {module}, which no installed package provides"
         )
@@ -471,60 +451,6 @@ def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) 
     return due
 
 
-def _new_version() -> str:
-    """Looks as BentoML's do, which follow from the clock: processes that were forked together have got the same one."""
-    return base64.b32encode(secrets.token_bytes(10)).decode("ascii").lower()
-
-
-def _record(
-    tag: Tag,
-    is_predictor: bool,
-    detectron2: str,
-    signatures: ModelSignaturesType | None,
-    labels: dict[str, str] | None,
-    metadata: dict[str, Any] | None,
-) -> ModelInfo:
-    """BentoML's record of a new model; BentoML converts metadata in place, so it gets copies."""
-    if tag.version == "latest":
-        raise InvalidArgumentError(f"{str(tag)!r}: 'latest' is BentoML's name for the newest version; give another", value=tag)
-    if signatures is not None and not (
-        isinstance(signatures, Mapping) and all(isinstance(each, (Mapping, ModelSignature)) for each in signatures.values())
-    ):
-        raise InvalidArgumentError(
-            f"signatures is {signatures!r:.200}; give a dict, such as {{'__call__': {{'batchable': False}}}}", value=signatures
-        )
-    try:
-        return ModelInfo(
-            tag=tag if tag.version else Tag(tag.name, _new_version()),
-            module=MODULE,
-            api_version=API_VERSION,
-            signatures=copy.deepcopy(signatures) if signatures else {"__call__": ModelSignature(batchable=False)},
-            labels=dict(labels or {}),
-            options=PartialKwargsModelOptions(),
-            metadata={**copy.deepcopy(metadata or {}), IS_PREDICTOR: is_predictor},
-            context=ModelContext(framework_name="detectron2", framework_versions={"detectron2": detectron2}),
-        )
-    except Exception as exc:  # attrs, cattrs and BentoML have errors of their own
-        raise InvalidArgumentError(f"BentoML does not accept these signatures, labels or metadata: {exc}") from exc
-
-
-def _write_record(folder: Path, info: ModelInfo) -> None:
-    """Writes it.
-
-    Raises:
-        InvalidArgumentError: It could not be read again, for what a user's metadata or labels hold.
-    """
-    with (folder / RECORD).open("w", encoding="utf-8") as file:
-        info.dump(file)
-    try:
-        _check_record(folder)
-    except DetectronError as exc:
-        raise InvalidArgumentError(
-            f"with these labels and metadata the model could not be loaded again: {exc}; put large values, or a config, into "
-            "custom_objects"
-        ) from exc
-
-
 def _pickle_objects(path: Path, objects: dict[str, Any], cfg: CfgNode | Mapping[str, Any], by_value: list[ModuleType]) -> None:
     """Writes what BentoML's contract asks for and this package never reads."""
     cfg = copy.deepcopy(cfg)
@@ -534,68 +460,12 @@ def _pickle_objects(path: Path, objects: dict[str, Any], cfg: CfgNode | Mapping[
         cloudpickle.dump({**objects, "config": cfg}, file)
 
 
-class _Store(ModelStore):
-    """BentoML's store, where each record is checked before BentoML reads it."""
-
-    def _get_item(self, tag: Tag) -> Model:
-        if not tag.version:
-            latest = self._path / tag.latest_path()
-            raise CorruptFileError(f"{latest} is damaged; give a version, or save the model again", file=str(latest))
-        _check_record(self._path / tag.path())
-        return super()._get_item(tag)
-
-
-def _check_record(folder: Path) -> None:
-    # What BentoML itself may write of a user's metadata: bytes, and a few shared values.
-    binary = frozenset(["tag:yaml.org,2002:binary"])
-    plain_yaml.check(files.read_small(folder, RECORD), RECORD, aliases=16, tags=binary)
-
-
-def _is_newer(info: ModelInfo, present: Path) -> bool:
-    try:
-        _check_record(present)
-        return bool(info.creation_time >= Model.from_path(present).creation_time)
-    except Exception:
-        return True  # what is there is no whole model
-
-
-def check_tag(tag_like: object) -> Tag:
-    """A tag as BentoML's; what is none raises InvalidArgumentError."""
-    if not isinstance(tag_like, (str, Tag)):
-        raise InvalidArgumentError(
-            f"{tag_like!r} is not a valid tag; give a name such as 'mask_rcnn', or a Tag", value=tag_like
-        )
-    try:
-        tag = Tag.from_taglike(tag_like)
-        if not str(tag).isprintable():  # BentoML lets a line's end pass
-            raise ValueError("it has characters that cannot be printed")
-        return tag
-    except (ValueError, BentoMLException) as exc:
-        raise InvalidArgumentError(
-            f"{tag_like!r} is not a valid tag: {exc}. Give 'name' or 'name:version', with lower-case letters, "
-            "digits, '_', '-' and '.'",
-            value=tag_like,
-        ) from exc
-
-
 def check_new(name: Tag | str) -> Tag:
     """The tag of a model that is to be saved; InvalidArgumentError where it is none, SaveError where it is there already."""
-    tag = check_tag(name)
+    tag = records.check_tag(name)
     if tag.version is not None:
         check_free(Path(BentoMLContainer.model_store_dir.get()), tag.name, tag.version)
     return tag
-
-
-def check_framework(model: Model) -> None:
-    """Sees to it that a model is one of Detectron2's; ModelNotFoundError where another framework saved it."""
-    if model.info.module not in MODULES:
-        folder = Path(model.path)
-        if (folder / manifest.MANIFEST).is_file():  # it is one of ours; then its record is damaged
-            manifest.check_file(folder, "model.yaml", manifest.read(folder))
-        raise ModelNotFoundError(
-            f"{model.tag} was saved with {model.info.module or 'no framework'}, not with {MODULE}; load it with that",
-            value=model.info.module,
-        )
 
 
 _cloudpickle_lock = threading.Lock()
@@ -610,6 +480,18 @@ def _by_value(modules: list[ModuleType]) -> Iterator[None]:
             yield
         finally:
             Model.exit_cloudpickle_context(registered)
+
+
+@contextmanager
+def _saving(info: ModelInfo) -> Iterator[Path]:
+    """A folder for a new model's files, which has its record; it appears in the store when the block has ended well."""
+    store = Path(BentoMLContainer.model_store_dir.get())
+    with staged(store) as scratch, _one_error(info.tag):
+        content = scratch / "model"
+        content.mkdir()
+        records.write(content, info)
+        yield content
+        publish(content, store, info.tag.name, str(info.tag.version), is_newer=lambda path: records.is_newer(info, path))
 
 
 @contextmanager

@@ -60,7 +60,11 @@ def test_model_of_bentoml_is_not_calibrated_but_to_be_saved_again(predictor):
 
 @pytest.mark.parametrize(
     ("weights", "says"),
-    [("other.pth", "differ from"), ("", "differ from the random ones"), ("http://127.0.0.1:9/a.pth", "could not be compared")],
+    [
+        ("other.pth", "differ from"),
+        ("", "differ from the random weights"),
+        ("http://127.0.0.1:9/a.pth", "could not be compared"),
+    ],
     ids=["another file", "none", "a URL"],
 )
 def test_warns_where_the_old_loader_would_have_used_other_weights(weights, says, predictor, tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ CUSTOM_OBJECTS = "custom_objects.pkl"
 _OPCODES = pickles.COMMON | {"EMPTY_SET", "ADDITEMS", "FROZENSET", "STACK_GLOBAL", "NEWOBJ"}
 _CURE = (
     "Only a config and plain containers are unpickled. If you trust the model, load it with BentoML's own adapter "
-    "(BENTOML_DETECTRON_PLUG=0), then save it with this package, without those custom objects"
+    "(BENTOML_DETECTRON_PLUG=0), which takes a predictor's weights from their original file, then save it with this package, "
+    "without those custom objects (docs/upgrade.md)"
 )
 
 

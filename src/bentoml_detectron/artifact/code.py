@@ -56,7 +56,7 @@ def write(folder: Path, modules: Sequence[ModuleType]) -> list[str]:
             "load the model with --trusted MODULE (trusted=[...])",
             value=names,
         )
-    if left := sorted({each for each in _imported(sources) - {_top(name) for name in names} if not is_installed(each)}):
+    if left := sorted(not_installed(_imported(sources) - {_top(name) for name in names})):
         warnings.warn(
             f"the model's external_modules import {', '.join(left)}, which no installed package provides: elsewhere the model "
             "cannot be loaded; add what is missing to external_modules",
@@ -101,15 +101,19 @@ def check_external(modules: object) -> list[ModuleType]:
     return found
 
 
-def is_installed(module: str) -> bool:
-    """Whether a module is Python's own or an installed distribution's, and so may be elsewhere, too; `module` is imported."""
-    top = _top(module)
-    if top in sys.stdlib_module_names and top != "__main__":
-        return True
+def not_installed(modules: Iterable[str]) -> set[str]:
+    """Those of some imported modules that neither Python nor an installed distribution provides, so others may lack them."""
+    left = {each for each in modules if not _is_beside_packages(_top(each))}
+    # As an editable install's are; looking through all distributions takes half a second.
+    distributed = packages_distributions() if left else {}
+    return {each for each in left if _top(each) not in distributed}
+
+
+def _is_beside_packages(top: str) -> bool:
+    if top in sys.stdlib_module_names:
+        return top != "__main__"
     file = getattr(sys.modules.get(top), "__file__", None)
-    if file is not None and {"site-packages", "dist-packages"} & set(Path(file).parts):
-        return True
-    return top in packages_distributions()  # as an editable install's
+    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _imported(sources: Sources) -> set[str]:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from bentoml_detectron.artifact.code import check_trusted
 from bentoml_detectron.artifact.config import KeyPath, Plain
 from bentoml_detectron.errors import (
     InvalidModelError,
@@ -67,12 +66,10 @@ def build(plain: Plain, tuples: Iterable[Sequence[str | int]] = (), *, trusted: 
         trusted: Modules, packages or single names that may be imported and called beside Detectron2's and PyTorch's own.
 
     Raises:
-        InvalidArgumentError: `trusted` is no list of dotted names.
         InvalidModelError: `tuples` does not fit, a call is malformed, or its arguments are not those its target takes.
         UnsafeFileError: It names what is neither a part of Detectron2's models nor trusted.
         UnknownEntryError: It names what is not there.
     """
-    trusted = check_trusted(trusted)
     names = {_checked(call) for call in _calls(plain)}
     for name in names:
         _package_of(name, trusted)

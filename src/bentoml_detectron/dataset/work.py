@@ -31,19 +31,11 @@ _MOST_PIECES = 8  # that wait to be made
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is to be done with each chunk.
+    """What is to be done with each chunk; attributes that are not listed are arguments of `write`, as it was given them.
 
     Attributes:
         model: Its tag, with the version.
         fingerprint: That of the model: another one of the same tag is not to go on with it.
-        device_id: Device to run on, such as "cpu" or "cuda:0".
-        precision: See `load_predictor`.
-        trust_remote_code: See `load_model`.
-        trusted: See `load_model`.
-        limits: Size limits for input images; see `Limits`.
-        score_threshold: See `Predictor.__call__`.
-        classes: See `Predictor.__call__`.
-        top_k: See `Predictor.__call__`.
         image_column: Of Parquet files.
         formats: Of the outputs.
         max_batch_pixels: Most pixels, padding included, in a batch; fixed once, since batches' sizes show in the last digits.

@@ -87,23 +87,10 @@ def get_service(
         raise InvalidArgumentError(f"{bento_model!r} is not a valid tag: {exc}", value=bento_model) from exc
     if not isinstance(settings, Settings | None):
         raise InvalidArgumentError(f"settings must be Settings(...), not {type(settings).__name__}", value=settings)
-    for each in fields(Settings):  # BentoML takes names that it does not know without a word: a token would ask for none
-        if each.name in service_config:
-            raise InvalidArgumentError(
-                f"{each.name} belongs to the settings; give settings=Settings({each.name}=...)", value=each.name
-            )
     worker = Worker(_with_token(settings or Settings()))
-    service_config.setdefault("name", f"detectron-{model.tag.name}"[:_LONGEST_NAME].rstrip("-._"))
-    service_config.setdefault("image", container_image())
     prefix = _prefix(service_config.get("path_prefix"))
-    if prefix:
-        service_config["path_prefix"] = prefix
-    envs = service_config.get("envs") or []
-    service_config["envs"] = [*envs, *_environment(envs)]
-    # BentoML's own deadline comes after this package's, which counts what it ends.
-    service_config["traffic"] = {"timeout": worker.settings.request_seconds + 10, **(service_config.get("traffic") or {})}
 
-    @bentoml.service(**service_config)
+    @bentoml.service(**_configuration(service_config, model.tag.name, prefix, worker.settings))
     class DetectronService:
         """Detection, segmentation and keypoints by a Detectron2 model."""
 
@@ -171,6 +158,29 @@ def get_service(
     service: bentoml.Service[Any] = DetectronService
     service.add_asgi_middleware(Front, worker=worker, prefix=prefix)
     return service
+
+
+def _configuration(given: Mapping[str, Any], model_name: str, prefix: str, settings: Settings) -> dict[str, Any]:
+    """BentoML's configuration of the service: what was given, and this package's own where nothing was.
+
+    Raises:
+        InvalidArgumentError: One of the settings is among it.
+    """
+    for each in fields(Settings):  # BentoML takes names that it does not know without a word: a token would ask for none
+        if each.name in given:
+            raise InvalidArgumentError(
+                f"{each.name} belongs to the settings; give settings=Settings({each.name}=...)", value=each.name
+            )
+    envs = given.get("envs") or []
+    return {
+        "name": f"detectron-{model_name}"[:_LONGEST_NAME].rstrip("-._"),
+        "image": container_image(),
+        **given,
+        **({"path_prefix": prefix} if prefix else {}),
+        "envs": [*envs, *_environment(envs)],
+        # BentoML's own deadline comes after this package's, which counts what it ends.
+        "traffic": {"timeout": settings.request_seconds + 10, **(given.get("traffic") or {})},
+    }
 
 
 class ContainerImage(bentoml.images.Image):  # type: ignore[misc]
