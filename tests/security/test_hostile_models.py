@@ -155,6 +155,7 @@ def test_these_payloads_would_run(tmp_path):
         assert touched.exists(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pickled", PICKLES.values(), ids=PICKLES.keys())
 @pytest.mark.parametrize("is_predictor", [True, False], ids=["predictor", "module"])
 def test_old_models_pickle(pickled, is_predictor, forged, sentinel):
@@ -455,6 +456,7 @@ class TestWeights:
         seal(forged, cfg)
         refused(forged, errors.CorruptFileError, errors.UnsafeFileError)
 
+    @pytest.mark.slow
     def test_archive_that_unpacks_to_more_than_it_is(self, forged, cfg):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -45,6 +45,7 @@ def or_nan(values):
 # Average precision
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
 def test_average_precision_is_that_of_faster_coco_eval(seed):
@@ -62,6 +63,7 @@ def test_average_precision_is_that_of_faster_coco_eval(seed):
             assert dict(zip(task.classes, task.per_class[:, 0], strict=True)) == pytest.approx(due, abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(SEEDS)
 def test_matches_accumulate_to_what_cocoeval_says(seed):
@@ -73,6 +75,7 @@ def test_matches_accumulate_to_what_cocoeval_says(seed):
         assert {name: value[0] for name, value in means.items()} == pytest.approx(due, abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(SEEDS)
 def test_images_weighed_anew_are_images_evaluated_anew(seed):
@@ -754,6 +757,7 @@ def test_a_path_that_is_no_annotation_file_is_an_error_with_the_cure(tmp_path):
 # Comparisons
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(SEEDS)
 def test_a_model_is_no_better_than_itself(seed):

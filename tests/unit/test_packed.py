@@ -107,6 +107,7 @@ def test_plain_weights_serve_what_never_came_before_and_what_is_too_much():
     assert pack.sizes == [size(5, 6)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=8),

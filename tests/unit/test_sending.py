@@ -112,6 +112,7 @@ def test_a_large_answer_arrives_whole_and_the_server_keeps_a_piece_of_it() -> No
     assert PIECE / 4 < app.largest < 2 * PIECE
 
 
+@pytest.mark.slow
 def test_a_client_that_asks_on_and_on_and_reads_is_not_cut_off():
     """With two requests on their way at any time, so that the buffer is never empty for long."""
     app = App(BODY[: 1 << 20])
