@@ -6,6 +6,8 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,29 @@ def demo_image():
     from bentoml_detectron import demo
 
     return np.ascontiguousarray(np.asarray(Image.open(demo.images()[0]).convert("RGB"))[:, :, ::-1])
+
+
+@pytest.fixture
+def one_core() -> Iterator[Path]:
+    """A control group whose processes get one core's worth of time, on a machine that has more."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is one core")
+    first, second = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
+    group = (first if first.is_dir() else second) / f"test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group can be made here")
+    try:
+        try:
+            if first.is_dir():
+                (group / "cpu.cfs_period_us").write_text("100000")
+                (group / "cpu.cfs_quota_us").write_text("100000")
+            else:
+                (group / "cpu.max").write_text("100000 100000")
+        except OSError:
+            pytest.skip("time cannot be limited here")
+        yield group
+    finally:
+        with suppress(OSError):
+            group.rmdir()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN, ProposalNetwork, SemanticSegmentor
 from torch import nn
 
+from bentoml_detectron import control_groups
 from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.errors import DetectronError, InvalidArgumentError, OutOfMemoryError
 from bentoml_detectron.forward import Output, forward
@@ -314,31 +313,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for what comes next
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return max(0, min([int(psutil.virtual_memory().available), *free_in_groups()]))
-
-
-def free_in_groups(memberships: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Bytes that are free in each control group with a limit of memory that a process is in, of either version of these."""
-    try:
-        lines = [line.split(":", 2) for line in memberships.read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in lines:
-        if controllers == "":
-            top, limit, current, cached = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, limit, current = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
-        else:
-            continue
-        own = Path(path.lstrip("/"))  # in a container it may be as the host has it, and the limit at the top
-        for group in {top / each for each in (own, *own.parents)}:
-            try:
-                used = int((group / current).read_text())
-                files = re.search(rf"^{cached} (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-                yield int((group / limit).read_text()) - used + int(files[1] if files else 0)
-            except (OSError, ValueError):  # it is not there, or has no limit ("max")
-                continue
+    return max(0, min([int(psutil.virtual_memory().available), *control_groups.free_memory()]))
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:

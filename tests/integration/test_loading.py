@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import get_args
 
 import bentoml
@@ -14,7 +15,7 @@ from bentoml_detectron.errors import InvalidArgumentError, InvalidModelError
 from bentoml_detectron.options import PRECISIONS
 from bentoml_detectron.predictor import Predictor
 from bentoml_detectron.service import Settings, loading
-from support import built
+from support import built, run_python
 from zoo import ZOO, zoo_config
 
 needs_bf16 = pytest.mark.skipif(not has_bf16(), reason="the processor does not compute in bf16")
@@ -93,3 +94,31 @@ def test_warm_up_runs_the_model_at_its_size(saved):
 def test_precisions_are_those_of_the_engines():
     """Written once more where PyTorch is not imported."""
     assert get_args(engines.Precision) == PRECISIONS
+
+
+SHARES = """
+import os, pathlib, sys, torch
+from bentoml_detectron.service.loading import share_cores
+
+if sys.argv[1]:
+    pathlib.Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+for workers in (1, 2, "cpu_count"):
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    share_cores(workers)
+    print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.slow
+def test_workers_divide_the_cores(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run_python(SHARES, "").stdout.split() == [str(cores), str(max(1, cores // 2)), "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # then they are as the user has it
+    assert run_python(SHARES, "").stdout.split() == [str(cores)] * 3
+
+
+@pytest.mark.slow
+def test_a_worker_takes_no_more_threads_than_a_container_has_cores(monkeypatch, one_core):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run_python(SHARES, str(one_core)).stdout.split() == ["1", "1", "1"]

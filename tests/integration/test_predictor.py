@@ -32,7 +32,7 @@ from bentoml_detectron.artifact.manifest import Dataset, Input
 from bentoml_detectron.images import Limits
 from bentoml_detectron.masks import decode, from_roi_masks
 from bentoml_detectron.options import Options, options
-from bentoml_detectron.predictor import MOST_PIXELS_ON_CPU, Predictor, free_in_groups, free_memory
+from bentoml_detectron.predictor import MOST_PIXELS_ON_CPU, Predictor, free_memory
 from bentoml_detectron.results import Detections
 from support import built, checkpoint, picture, small_cfg, tiny_cfg
 from zoo import PROJECTS, ZOO, zoo_config
@@ -943,34 +943,3 @@ def test_proposals_are_of_class_0_and_of_no_name(classes):
 
 def test_budget_may_be_numpys_number():
     assert of(tiny_cfg(), max_batch_pixels=np.int64(5000)).budget() == 5000
-
-
-class TestControlGroups:
-    """The least that one of them leaves counts; pages that the system can take back are free."""
-
-    def tree(self, folder, groups):
-        for name, files in groups.items():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for file, content in files.items():
-                (folder / name / file).write_text(f"{content}\n")
-        return folder
-
-    def test_of_version_2_those_above_count_too(self, tmp_path):
-        (tmp_path / "memberships").write_text("0::/a.slice/b.service\n")
-        root = self.tree(tmp_path / "root", {
-            "": {"memory.stat": "inactive_file 3"},  # the top has no limit
-            "a.slice": {"memory.max": 100, "memory.current": 60, "memory.stat": "anon 50\ninactive_file 10"},
-            "a.slice/b.service": {"memory.max": "max", "memory.current": 20, "memory.stat": "inactive_file 1"},
-        })  # fmt: skip
-        assert [*free_in_groups(tmp_path / "memberships", root)] == [50]
-
-    def test_of_version_1_that_of_memory_counts(self, tmp_path):
-        (tmp_path / "memberships").write_text("5:cpu:/x\n4:memory:/docker/1\n")
-        files = {"memory.limit_in_bytes": 70, "memory.usage_in_bytes": 40, "memory.stat": "total_inactive_file 5"}
-        root = self.tree(
-            tmp_path / "root", {"memory": files, "cpu/x": files}
-        )  # as in a container: the host's path is not there
-        assert [*free_in_groups(tmp_path / "memberships", root)] == [35]
-
-    def test_without_any_the_machine_s_memory_counts(self, tmp_path):
-        assert [*free_in_groups(tmp_path / "none", tmp_path)] == []

@@ -28,6 +28,12 @@ class _Commands(click.Group):
         command: click.Command = import_module(f"bentoml_detectron.cli.{cmd_name}").command
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name != "serve":  # whose workers divide the cores among them
+            os.environ.update(threads.count())
+        return name, command, rest
+
     def invoke(self, ctx: click.Context) -> Any:
         from bentoml._internal.configuration import get_debug_mode
 

@@ -7,7 +7,6 @@ alone; no batch has images of two chunks. So a chunk's results do not depend on 
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bentoml_detectron import threads
 from bentoml_detectron.dataset import parquet_source
 from bentoml_detectron.dataset.chunks import Chunk, Clock, Outcome
 from bentoml_detectron.dataset.sources import Item
@@ -41,7 +41,7 @@ _MOST_FAILED = 20
 
 def workers() -> ThreadPoolExecutor:
     """Threads for what is done beside the model: as many as there are cores, within reason."""
-    return ThreadPoolExecutor(min(MOST_WORKERS, len(os.sched_getaffinity(0))), thread_name_prefix="dataset")
+    return ThreadPoolExecutor(min(MOST_WORKERS, threads.cores()), thread_name_prefix="dataset")
 
 
 def outcomes(

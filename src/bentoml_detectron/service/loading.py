@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import bentoml
 import torch
 from torch import nn
 
-from bentoml_detectron import selftest
+from bentoml_detectron import selftest, threads
 from bentoml_detectron.artifact import manifest
 from bentoml_detectron.errors import InvalidModelError
 from bentoml_detectron.images import Limits
@@ -46,10 +45,10 @@ def share_cores(workers: int | str) -> None:
 
     It holds for the thread that calls it, the model's.
     """
-    if "OMP_NUM_THREADS" in os.environ or workers == 1:
+    if threads.is_count_decided():
         return
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // workers) if isinstance(workers, int) else 1)
+    own = threads.cores() // workers if isinstance(workers, int) else 1
+    torch.set_num_threads(max(1, min(own, torch.get_num_threads())))
 
 
 def warm_up(predictor: Predictor) -> None:
