@@ -298,8 +298,8 @@ def save_model(
         checkpointables: A ``detectron2.engine.DefaultPredictor``, or a ``torch.nn.Module`` built by Detectron2.
         config: The CfgNode that the module was built with, or its LazyConfig: the ``model`` node, or the whole config, whose
             ``dataloader.test`` gives the size of images and the dataset. Required for a module, ignored for a predictor. Class
-            names come from Detectron2's ``MetadataCatalog``: those of the first test or training dataset that has any in this
-            process. Register and load a dataset of your own before you save.
+            names come from Detectron2's ``MetadataCatalog``: those of the first test or training dataset that has as many in
+            this process as the model has classes. Register and load a dataset of your own before you save.
         signatures: The model's methods that a legacy runner offers; ``{"__call__": {"batchable": False}}`` unless given.
         labels: BentoML's labels, such as ``{"stage": "dev"}``.
         custom_objects: Python objects to pickle beside the model for `bentoml.Model.custom_objects`; ``"config"`` is set to
@@ -336,8 +336,9 @@ def save_model(
         from bentoml_detectron.model import check_saveable, class_counts, take_apart
 
     module, cfg, is_predictor = take_apart(checkpointables, config)
-    description = folder.describe(cfg)
-    _compare_names(description.dataset, class_counts(module)[0])
+    things, stuff = class_counts(module)
+    description = folder.describe(cfg, things, stuff)
+    _compare_names(description.dataset, things)
     _warn_of_code(description, [each.__name__ for each in modules])
     if is_predictor and config is not None:
         logger.warning("config is ignored if 'checkpointables' is a DefaultPredictor, which has its own")

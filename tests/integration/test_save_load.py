@@ -715,3 +715,25 @@ def test_class_names_that_are_more_or_fewer_than_the_classes_are_told(names, is_
     MetadataCatalog.get(cfg.DATASETS.TEST[0]).set(thing_classes=names)
     bentoml.detectron.save_model("counted", built(cfg), cfg, self_test=False)
     assert ("but the model has 5" in caplog.text) == is_told
+
+
+def test_class_names_are_those_of_the_dataset_that_has_as_many_as_the_model(caplog):
+    """Detectron2's base configs test on COCO, and many configs set only what they train on."""
+    cfg = tiny_cfg()
+    MetadataCatalog.get("counted_train").set(thing_classes=list("abcde"), thing_dataset_id_to_contiguous_id={7: 0})
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("coco_2017_val",), ("counted_train",)
+    saved = bentoml.detectron.save_model("counted", DefaultPredictor(cfg), self_test=False)
+    assert "names 80 classes" not in caplog.text
+    loaded = bentoml.detectron.load_predictor(saved)
+    assert (loaded.dataset.name, loaded.dataset.thing_classes) == ("counted_train", list("abcde"))
+    assert bentoml.detectron.load_model(saved).metadata.thing_classes == list("abcde")
+
+
+def test_names_of_semantic_segmentation_are_counted_too():
+    cfg = tiny_cfg("SemanticSegmentor")
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 3
+    MetadataCatalog.get("four_stuff").set(stuff_classes=list("abcd"))
+    MetadataCatalog.get("three_stuff").set(stuff_classes=list("abc"))
+    cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("four_stuff",), ("three_stuff",)
+    saved = bentoml.detectron.save_model("counted", built(cfg), cfg, self_test=False)
+    assert bentoml.detectron.load_predictor(saved).dataset.stuff_classes == list("abc")

@@ -168,10 +168,25 @@ def dataset_names(cfg: CfgNode) -> list[str]:
     return [name for names in given for name in names if isinstance(name, str)]
 
 
-def first_known(names: Sequence[str]) -> Dataset | None:
-    """What this process knows of the first of some datasets that has class names here, or of the first; None of none."""
+def first_known(names: Sequence[str], things: int | None = None, stuff: int | None = None) -> Dataset | None:
+    """What this process knows of the dataset, out of some, that a model's class names come from.
+
+    Args:
+        names: The datasets.
+        things: How many classes of things the model has; None where that is not known, or it finds none.
+        stuff: The same for semantic segmentation.
+
+    Returns:
+        The first that names as many classes as the model has, or else the first that names any, or the first; None of none.
+    """
     found = [known_dataset(name) for name in names]
-    return next((each for each in found if each.thing_classes or each.stuff_classes), found[0] if found else None)
+    named = [each for each in found if each.thing_classes or each.stuff_classes]
+
+    def fits(each: Dataset) -> bool:
+        counted = each.stuff_classes if things is None else each.thing_classes
+        return len(counted or ()) == (stuff if things is None else things)
+
+    return next((each for each in named if fits(each)), (named or found or [None])[0])
 
 
 def known_dataset(name: str) -> Dataset:

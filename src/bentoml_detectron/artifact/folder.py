@@ -82,23 +82,29 @@ class Description:
     entries: list[manifest.Entry]
 
 
-def describe(cfg: CfgNode | Mapping[str, Any]) -> Description:
+def describe(cfg: CfgNode | Mapping[str, Any], things: int | None = None, stuff: int | None = None) -> Description:
     """Reads a CfgNode, or a LazyConfig: its ``model`` node or a whole one.
+
+    Args:
+        cfg: The config.
+        things: How many classes of things its model has, as far as that is known; see `config.first_known`.
+        stuff: The same for semantic segmentation.
 
     Raises:
         InvalidArgumentError: It cannot be kept as plain data.
     """
     if isinstance(cfg, CfgNode):
         plain, tuples = config.to_plain(cfg)
-        names = config.dataset_names(cfg)
-        return Description("yacs", plain, tuples, config.input_of(cfg), _dataset(names), config.entries_of(cfg))
+        dataset = _dataset(config.dataset_names(cfg), things, stuff)
+        return Description("yacs", plain, tuples, config.input_of(cfg), dataset, config.entries_of(cfg))
     plain, tuples = lazy.to_plain(cfg)
-    return Description("lazy", plain, tuples, lazy.input_of(cfg), _dataset(lazy.dataset_names(cfg)), [])
+    dataset = _dataset(lazy.dataset_names(cfg), things, stuff)
+    return Description("lazy", plain, tuples, lazy.input_of(cfg), dataset, [])
 
 
-def _dataset(names: Sequence[str]) -> Dataset | None:
+def _dataset(names: Sequence[str], things: int | None, stuff: int | None) -> Dataset | None:
     """What is kept of a model's dataset; that its class names are known here is a matter of having loaded it."""
-    dataset = config.first_known(names)
+    dataset = config.first_known(names, things, stuff)
     if dataset is not None and not (dataset.thing_classes or dataset.stuff_classes):
         warnings.warn(
             f"results will have no class names: none are registered for {', '.join(names)}, the model's dataset in its config. "
