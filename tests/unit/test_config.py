@@ -163,3 +163,29 @@ def test_category_ids_of_lvis_are_from_1():
     """As Detectron2 reads and evaluates it, without a mapping."""
     dataset = of_datasets(("lvis_v1_val",), ())
     assert [dataset.thing_dataset_id_to_contiguous_id[each] for each in (1, 1203)] == [0, 1202]
+
+
+LONG = [
+    "a word " * 200 + "end",
+    "/home/a path" * 100,
+    "2026-11-28 notes on a run: " * 30 + "x",
+    "7" * 5000,
+    "1:" * 300 + "1",
+    "0x" + "f" * 999,
+]
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: text[:10])
+def test_long_strings_come_back(text, tmp_path):
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = text
+    assert there_and_back(cfg, tmp_path).OUTPUT_DIR == text
+
+
+@pytest.mark.parametrize(
+    "number", ["1" * 401, "1:" * 300 + "1", "0b" + "1_" * 300, "1." + "0" * 400, "-0x" + "fF" * 200, "5e" + "+1" * 300]
+)
+def test_numbers_that_would_take_long_to_read_are_refused(number, tmp_path):
+    (tmp_path / config.CONFIG).write_text(f"A: {number}\n")
+    with pytest.raises(errors.UnsafeFileError, match="the unquoted value"):
+        config.read(tmp_path)

@@ -17,7 +17,8 @@ MAX_DEPTH = 50
 """Deepest nesting; Detectron2's configs have 5."""
 MAX_VALUES = 10_000
 """Most values in a file; Detectron2's configs have some 400."""
-_MAX_PLAIN = 400  # characters of a scalar without quotes, in which numbers are looked for
+_MAX_PLAIN = 400  # characters of a scalar without quotes that may be a number
+_NUMBER_LIKE = re.compile(r"[-+.0-9][-+.0-9A-Fa-fxob_:\sTtZz]*\Z")  # nothing else is taken for a number, or for a date
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?\Z")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -88,6 +89,7 @@ def _offence(event: Any, tags: frozenset[str], aliases: int, may_have_base: bool
         return None
     if event.value == "_BASE_" and not may_have_base:
         return "_BASE_, which would load another file"
-    if event.implicit[0] and (len(event.value) > _MAX_PLAIN or _BASE_60.match(event.value)):
+    is_long = len(event.value) > _MAX_PLAIN and _NUMBER_LIKE.match(event.value)
+    if event.implicit[0] and (is_long or _BASE_60.match(event.value)):
         return f"the unquoted value {event.value[:50]!r}..., too long or a base-60 number"
     return None
