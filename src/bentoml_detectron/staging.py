@@ -22,6 +22,7 @@ from bentoml_detectron.artifact.files import sync, sync_folder
 from bentoml_detectron.errors import SaveError
 
 _PREFIX = "save-"
+_TRIES = 5
 _VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 
 
@@ -81,13 +82,18 @@ def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Ca
         sync(content)
         with _locked(_area(store)):
             check_free(store, name, version)
-            final.parent.mkdir(exist_ok=True)
-            try:
-                _move_in(content, final, is_newer)
-            except BaseException:
-                with suppress(OSError):
-                    final.parent.rmdir()  # succeeds only where this save made it
-                raise
+            for left in reversed(range(_TRIES)):
+                final.parent.mkdir(exist_ok=True)
+                try:
+                    _move_in(content, final, is_newer)
+                    break
+                except FileNotFoundError:  # BentoML removes a name's folder with its last version, and holds no lock
+                    if not left:
+                        raise
+                except BaseException:
+                    with suppress(OSError):
+                        final.parent.rmdir()  # succeeds only where this save made it
+                    raise
     except OSError as exc:
         raise SaveError(f"cannot put {name}:{version} into the model store {store}: {exc}", value=str(final)) from exc
     return final

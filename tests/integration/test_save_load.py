@@ -737,3 +737,30 @@ def test_names_of_semantic_segmentation_are_counted_too():
     cfg.DATASETS.TEST, cfg.DATASETS.TRAIN = ("four_stuff",), ("three_stuff",)
     saved = bentoml.detectron.save_model("counted", built(cfg), cfg, self_test=False)
     assert bentoml.detectron.load_predictor(saved).dataset.stuff_classes == list("abc")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_training_that_diverged_are_told(value):
+    cfg = tiny_cfg()
+    model = built(cfg)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.bbox_pred.bias[3] = value
+    with pytest.warns(
+        UserWarning, match=r"1 of the model's weights hold NaN or infinity, the first is roi_heads\.box_predictor\.bbox_pred"
+    ):
+        bentoml.detectron.save_model("diverged", model, cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("MIN_SIZE_TEST", -1, "MIN_SIZE_TEST is -1; it must be a whole number"),
+        ("MAX_SIZE_TEST", -5, "MAX_SIZE_TEST is -5; it must be a whole number"),
+        ("MAX_SIZE_TEST", 0, "MAX_SIZE_TEST is 0, to which no image can be scaled"),
+    ],
+)
+def test_sizes_to_which_no_image_can_be_scaled_are_refused(key, value, says):
+    cfg = tiny_cfg()
+    cfg.INPUT[key] = value
+    with pytest.raises(errors.InvalidModelError, match=says):
+        bentoml.detectron.save_model("unscaled", built(cfg), cfg)

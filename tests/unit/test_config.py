@@ -179,7 +179,7 @@ LONG = [
 def test_long_strings_come_back(text, tmp_path):
     cfg = get_cfg()
     cfg.OUTPUT_DIR = text
-    assert there_and_back(cfg, tmp_path).OUTPUT_DIR == text
+    assert text == there_and_back(cfg, tmp_path).OUTPUT_DIR
 
 
 @pytest.mark.parametrize(

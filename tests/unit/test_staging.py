@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -170,3 +172,27 @@ def test_store_behind_a_link(tmp_path):
     put(tmp_path / "models", "one")
     assert (tmp_path / "real" / "name" / "one").is_dir()
     assert (tmp_path / "real.staging").is_dir()
+
+
+def test_name_whose_last_version_is_deleted_meanwhile(tmp_path):
+    """BentoML removes a name's folder with its last version, and takes no lock for it."""
+    store, end, times = tmp_path / "models", threading.Event(), 0
+
+    def remove():
+        nonlocal times
+        while not end.is_set():
+            if times:
+                with contextlib.suppress(OSError):  # it has a model, or is gone
+                    (store / "name").rmdir()
+                    times -= 1
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    try:
+        for number in range(5):
+            times = 3
+            shutil.rmtree(put(store, str(number)))
+            (store / "name" / "latest").unlink()
+    finally:
+        end.set()
+        remover.join()

@@ -149,12 +149,15 @@ def read(folder: Path) -> Plain:
 def input_of(cfg: CfgNode) -> Input:
     """How this config prepares an image; InvalidModelError where it does not say so."""
     try:
-        return Input(format=cfg.INPUT.FORMAT, min_size_test=cfg.INPUT.MIN_SIZE_TEST, max_size_test=cfg.INPUT.MAX_SIZE_TEST)
+        found = Input(format=cfg.INPUT.FORMAT, min_size_test=cfg.INPUT.MIN_SIZE_TEST, max_size_test=cfg.INPUT.MAX_SIZE_TEST)
     except ValidationError as exc:
         key = f"INPUT.{str(exc.errors()[0]['loc'][0]).upper()}"
         value = exc.errors()[0]["input"]
         what = "a string" if key == "INPUT.FORMAT" else "a whole number of pixels"
         raise InvalidModelError(f"the config's {key} is {value!r:.100}; it must be {what}", value=value) from exc
+    if found.min_size_test > 0 and found.max_size_test == 0:
+        raise InvalidModelError("the config's INPUT.MAX_SIZE_TEST is 0, to which no image can be scaled", value=0)
+    return found
 
 
 def dataset_of(cfg: CfgNode) -> Dataset | None:
@@ -186,7 +189,7 @@ def first_known(names: Sequence[str], things: int | None = None, stuff: int | No
         counted = each.stuff_classes if things is None else each.thing_classes
         return len(counted or ()) == (stuff if things is None else things)
 
-    return next((each for each in named if fits(each)), (named or found or [None])[0])
+    return next((each for each in (*filter(fits, named), *named, *found)), None)
 
 
 def known_dataset(name: str) -> Dataset:

@@ -254,7 +254,7 @@ def _resize(step: Any) -> tuple[int, int] | None:
         short = short[0]
     if name.rpartition(".")[2] != "ResizeShortestEdge" or type(short) is not int or type(longest) is not int:
         return None
-    return short, longest
+    return (short, longest) if short >= 0 and longest > 0 else None
 
 
 def dataset_names(config: object) -> list[str]:

@@ -68,11 +68,14 @@ class Entry(_Part):
 
 
 class Input(_Part):
-    """How an image gets to the model: channel order, and lengths in pixels of the shorter and at most the longer edge."""
+    """How an image gets to the model: channel order, and lengths in pixels of the shorter and at most the longer edge.
+
+    A shorter edge of 0 leaves images as they are.
+    """
 
     format: _Name
-    min_size_test: int
-    max_size_test: int
+    min_size_test: Annotated[int, Field(ge=0)]
+    max_size_test: Annotated[int, Field(ge=0)]
 
 
 class Tensor(_Part):
