@@ -50,6 +50,18 @@ def test_it_reports_and_saves_and_the_next_command_is_right(digits_home, tmp_pat
     assert bentoml(digits_home, "models", "delete", tag, "--yes").returncode == 0
 
 
+def test_few_images_are_told_and_the_next_command_trusts_what_this_one_did(digits_home, tmp_path):
+    (tmp_path / "one.jpg").write_bytes(demo.images()[0].read_bytes())
+    given = ["--calibration", tmp_path, "--name", "few:1", "--force", "--trust-remote-code", "--trusted", "json"]
+    made = bentoml(digits_home, "detectron", "optimize", "digits", *given)
+    assert made.returncode == 0, made.stderr
+    lines = made.stdout.splitlines()
+    assert lines[0] == "calibrated on 1 image; these are few: give about a hundred typical ones"
+    options = "--precision int8 --trust-remote-code --trusted json"
+    assert lines[-1] == f"saved few:1; next: bentoml detectron serve few:1 {options}"
+    assert bentoml(digits_home, "models", "delete", "few:1", "--yes").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from bentoml_detectron.optimization import Measure, Report
     from bentoml_detectron.predictor import Predictor
 
+_FEW = 20  # images; fewer may lack what a model will see
+
 
 @click.command("optimize")
 @click.argument("tag")
@@ -65,7 +67,8 @@ def command(
     )
     for line in _lines(report):
         click.echo(line)
-    click.echo(f"saved {model.tag}; next: bentoml detectron serve {model.tag} --precision {precision}")
+    trust = " --trust-remote-code" * trust_remote_code + "".join(f" --trusted {each}" for each in trusted)
+    click.echo(f"saved {model.tag}; next: bentoml detectron serve {model.tag} --precision {precision}{trust}")
 
 
 def _measure(annotations: Path, folder: Path) -> Measure:
@@ -93,8 +96,10 @@ def _measure(annotations: Path, folder: Path) -> Measure:
 def _lines(report: Report) -> list[str]:
     """A report, a line each."""
     times = ", ".join(f"{name} {each:.1f}" for name, each in report.milliseconds.items())
+    images = "1 image" if report.calibrated == 1 else f"{report.calibrated} images"
+    few = "; these are few: give about a hundred typical ones" if report.calibrated < _FEW else ""
     lines = [
-        f"calibrated on {report.calibrated} images",
+        f"calibrated on {images}{few}",
         f"ms per image, median of {report.compared} in turn: {times}",
         f"int8 is {report.times_as_fast:.2f} times as fast as fp32, by the median over the images",
     ]
