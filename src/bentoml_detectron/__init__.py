@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bentoml_detectron.evaluation import Evaluation, compare, evaluate
     from bentoml_detectron.images import Limits
     from bentoml_detectron.predictor import Predictor
-    from bentoml_detectron.results import Detections, PanopticSegmentation
+    from bentoml_detectron.results import Detections, PanopticSegmentation, Segment
     from bentoml_detectron.runnable import ModelOptions, get_runnable
     from bentoml_detectron.service import Settings, get_service
     from bentoml_detectron.store import get, load_model, load_predictor, save_model
@@ -28,6 +28,7 @@ __all__ = [
     "PanopticSegmentation",
     "Prediction",
     "Predictor",
+    "Segment",
     "Settings",
     "VerifyReport",
     "compare",
@@ -53,6 +54,7 @@ _HOME = {
     "PanopticSegmentation": "results",
     "Prediction": "dataset",
     "Predictor": "predictor",
+    "Segment": "results",
     "Settings": "service",
     "VerifyReport": "verification",
     "compare": "evaluation",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,7 +293,8 @@ def _put_in(path: Path, module: nn.Module) -> tuple[str, ...]:
 def _checkpoint(path: Path) -> dict[str, Any]:
     """What `DetectionCheckpointer` takes of a file."""
     try:
-        checkpoint = zoo_pickle.read(path) if path.suffix == ".pkl" else weights.read_checkpoint(path)
+        is_pickle = path.suffix == ".pkl" and not zipfile.is_zipfile(path)  # torch.save writes archives, whatever their names
+        checkpoint = zoo_pickle.read(path) if is_pickle else weights.read_checkpoint(path)
     except UnsafeFileError as exc:
         raise UnsafeFileError(
             f"{exc}. Only plain weights are read; give a file written by torch.save with {{'model': model.state_dict()}}",

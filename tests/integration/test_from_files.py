@@ -127,6 +127,11 @@ class TestWeights:
         assert caught.value.misshaped["roi_heads.box_predictor.cls_score.weight"] == ((6, 16), (8, 16))
         assert not caught.value.missing
 
+    def test_what_torch_wrote_is_read_under_any_name(self, files, tmp_path):
+        (tmp_path / "model_final.pkl").write_bytes((files / "model.pth").read_bytes())
+        built = from_files.build(str(files / "config.yaml"), str(tmp_path / "model_final.pkl"))
+        assert_same(by_detectron2(files / "config.yaml", files / "model.pth").model.state_dict(), built.module.state_dict())
+
     def test_backbone_alone_is_not_a_model(self, files, state, tmp_path):
         blobs = {name: each for name, each in as_detectron_1(state).items() if name.startswith(("conv1", "res"))}
         with pytest.raises(errors.WeightsMismatchError):
