@@ -16,7 +16,7 @@ MANIFESTS = st.builds(
     kind=st.sampled_from(["predictor", "module"]),
     config=st.just("yacs"),
     config_tuples=st.lists(st.lists(st.one_of(NAMES, st.integers(0, 9)), max_size=3), max_size=3),
-    input=st.builds(manifest.Input, format=NAMES, min_size_test=st.integers(), max_size_test=st.integers()),
+    input=st.builds(manifest.Input, format=NAMES, min_size_test=st.integers(0), max_size_test=st.integers(0)),
     dataset=st.one_of(
         st.none(),
         st.builds(
