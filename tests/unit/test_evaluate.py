@@ -545,6 +545,8 @@ def test_two_images_of_one_map_are_an_error_that_names_them(tmp_path):
         (lambda file: file["categories"].clear(), "has no category, so there is nothing"),
         (lambda file: file["images"][0].pop("file_name"), r"is not a COCO annotation file: KeyError\('file_name'\)"),
         (lambda file: file["images"][0].update(id=[1]), "is not a COCO annotation file: TypeError"),
+        (lambda file: file["images"][0].update(neg_category_ids=[7]), "is an LVIS file: each image says for which classes"),
+        (lambda file: file["images"][0].update(not_exhaustive_category_ids=[1]), "is an LVIS file"),
         (lambda file: file["images"].append(file["images"][0]), "has the image id 1 twice"),
         (lambda file: file["categories"].append({"id": 5, "name": "dog"}), "has the category 'dog' twice"),
         (lambda file: file["annotations"][0].update(image_id=9), "the annotation 4 belongs to the image 9, which does not"),

@@ -226,6 +226,14 @@ def _of_folder(folder: Path) -> GroundTruth:
 def _of_content(content: Any, source: str, panoptic_root: str | Path | None) -> GroundTruth:
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in _LISTS):
         raise InvalidArgumentError(f"{source} is not a COCO annotation file: it needs all of {', '.join(_LISTS)}", value=source)
+    if any(isinstance(each, dict) and (each.get("neg_category_ids") or each.get("not_exhaustive_category_ids"))
+           for each in content["images"]):  # fmt: skip
+        raise InvalidArgumentError(
+            f"{source} is an LVIS file: each image says for which classes its annotations are complete, which COCO's AP does "
+            "not regard, so that it would be too low. Write COCO results ('bentoml detectron predict TAG IMAGES -o "
+            "found.json'), and evaluate them with LVIS's own tool",
+            value=source,
+        )
     try:
         images = sorted((_picture(each) for each in content["images"]), key=lambda each: (isinstance(each.id, str), each.id))
         categories = sorted((_category(each) for each in content["categories"]), key=lambda each: each.id)
