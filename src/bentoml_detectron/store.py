@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bentoml._internal.models.model import ModelInfo, ModelSignaturesType
     from detectron2.config import CfgNode
     from detectron2.engine import DefaultPredictor
-    from torch import nn
+    from torch import Tensor, nn
 
     from bentoml_detectron.artifact.folder import Description, SavedModel
     from bentoml_detectron.artifact.manifest import Dataset, SelfTest
@@ -340,11 +340,11 @@ def save_model(
     description = folder.describe(cfg, things, stuff)
     _compare_names(description.dataset, things)
     _warn_of_code(description, [each.__name__ for each in modules])
-    _warn_of_values(module)
     if is_predictor and config is not None:
         logger.warning("config is ignored if 'checkpointables' is a DefaultPredictor, which has its own")
     info = records.new(tag, is_predictor, folder.detectron2_version(), signatures, labels, metadata)
     rebuilt = check_saveable(module, description)
+    _warn_of_values(module)
     tested = _self_test(module, rebuilt, description) if self_test else None
     del rebuilt
     with _saving(info) as content:
@@ -429,14 +429,18 @@ def _warn_of_code(description: Description, carried: Sequence[str]) -> None:
 
 def _warn_of_values(module: nn.Module) -> None:
     """Warns of weights that are no numbers, as those of a training that diverged: the model finds nothing, or nonsense."""
-    # The sum, which takes a tenth of the time, is none either where one of them is none.
-    wrong = [name for name, each in module.named_parameters() if not each.sum().isfinite() and not each.isfinite().all()]
+    wrong = [name for name, each in module.named_parameters() if not each.is_meta and not _is_finite(each)]
     if wrong:
         warnings.warn(
             f"{len(wrong)} of the model's weights hold NaN or infinity, the first is {wrong[0]}: its training has diverged; "
             "save an earlier checkpoint",
             stacklevel=3,
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The sum takes a tenth of the time, and is no number where one of them is none.
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def _self_test(module: nn.Module, rebuilt: nn.Module, description: Description) -> SelfTest | None:

@@ -764,3 +764,9 @@ def test_sizes_to_which_no_image_can_be_scaled_are_refused(key, value, says):
     cfg.INPUT[key] = value
     with pytest.raises(errors.InvalidModelError, match=says):
         bentoml.detectron.save_model("unscaled", built(cfg), cfg)
+
+
+def test_model_without_values_is_refused():
+    cfg = tiny_cfg()
+    with pytest.raises(errors.DetectronError, match="meta_tensor"):
+        bentoml.detectron.save_model("empty", built(cfg).to("meta"), cfg)
