@@ -160,9 +160,11 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
     with own_random_numbers(torch.device("cpu")):
         rebuilt: nn.Module = build_safely(build).requires_grad_(False)  # tensors that inference mode made cannot have it
     state = module.state_dict()
+    names = rebuilt.state_dict().keys()
+    inner = next((name for name, child in module.named_children() if names <= child.state_dict().keys()), None)
     weights.check(
-        state, rebuilt, "the module's weights do not fit its config; save it with the config "
-        "that it was built with",
+        state, rebuilt, "the module's weights do not fit its config; save it with the config that it was built with"
+        if inner is None else f"the model is inside {type(module).__name__}; save its attribute {inner!r}",
     )  # fmt: skip
     weights.assign(state, rebuilt)
     return rebuilt.eval().to(device_of(module))

@@ -770,3 +770,10 @@ def test_model_without_values_is_refused():
     cfg = tiny_cfg()
     with pytest.raises(errors.DetectronError, match="meta_tensor"):
         bentoml.detectron.save_model("empty", built(cfg).to("meta"), cfg)
+
+
+def test_model_inside_another_is_named():
+    """As that of PyTorch's averaged weights, or a LightningModule's."""
+    cfg = tiny_cfg()
+    with pytest.raises(errors.WeightsMismatchError, match=r"^the model is inside AveragedModel; save its attribute 'module'"):
+        bentoml.detectron.save_model("averaged", torch.optim.swa_utils.AveragedModel(built(cfg)), cfg)
