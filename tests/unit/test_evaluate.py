@@ -180,6 +180,7 @@ def test_who_was_annotated_without_keypoints_is_nothing_to_find_and_nothing_foun
     assert evaluate({1: found}, truth).tasks["keypoint"].metrics["AP"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_and_threads_keep_their_output(capsys):
     """Another `sys.stdout`, meanwhile, would be that of all threads, and the last to go could leave its own there."""
     truth, found = random_dataset(1)
@@ -321,6 +322,7 @@ def moved(maps, seed):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_panoptic_quality_is_that_of_torchmetrics(seed, tmp_path):
     """Where the model leaves nothing void: torchmetrics, unlike COCO's panopticapi, does not count what it leaves as missed."""
@@ -774,6 +776,7 @@ def test_a_model_is_no_better_than_itself(seed):
     assert not any(each.is_clear for each in differences)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(SEEDS)
 def test_models_that_are_wide_apart_are_told_apart(seed):

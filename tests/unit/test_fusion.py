@@ -97,6 +97,7 @@ def test_blocks_overwrite_only_what_is_theirs(kind):
     assert torch.equal(x, before)
 
 
+@pytest.mark.slow
 @every_float
 def test_convolutions_of_inputs_of_any_size_in_any_order(dtype):
     """Sizes that want their weights in another layout, as these do on some processors, and none at all, are among them."""

@@ -684,6 +684,7 @@ MUTATIONS = st.builds(mutated, NAMES, EDITS, st.booleans(), st.floats(0, 1), st.
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
+@pytest.mark.slow
 @given(MUTATIONS)
 @settings(max_examples=400, deadline=None, suppress_health_check=RELAXED)
 def test_mutated_files_give_pixels_or_an_image_error(content):

@@ -412,6 +412,7 @@ def rasterised(polygons, height, width):
     return pycocotools.mask.decode(pycocotools.mask.merge(objects)).astype(np.bool_)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(BITMAPS)
 def test_polygons_give_back_the_mask_with_its_holes_filled(bitmap):

@@ -382,6 +382,7 @@ def test_json_with_polygons_fits_the_schema_and_has_them(one):
     assert content["masks"] == (None if one.masks is None else one.polygons())
 
 
+@pytest.mark.slow
 @given(detections())
 def test_json_that_a_client_has_parsed_is_read_as_its_text_is(one):
     assert Detections.from_json(json.loads(one.to_json())) == one

@@ -159,6 +159,7 @@ def test_without_it_the_server_keeps_most_of_an_answer_that_is_not_read() -> Non
     assert app.largest > len(BODY) / 2
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
     app = App(BODY)
     with caplog.at_level(logging.INFO), served(app) as port, asked(port) as client:
@@ -169,6 +170,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(caplog: pytest.LogCap
     assert "ASGI" not in caplog.text  # such as "ASGI callable returned without completing response"
 
 
+@pytest.mark.slow
 def test_so_is_one_with_tls_and_one_that_reads_or_leaves_is_no_error(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     authority = trustme.CA()
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "key"))
@@ -194,6 +196,7 @@ def test_so_is_one_with_tls_and_one_that_reads_or_leaves_is_no_error(tmp_path, c
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_the_end_of_its_answer_is_cut_off() -> None:
     app = App(BODY[:PIECE])
     with served(app) as port, asked(port):

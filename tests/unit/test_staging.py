@@ -174,6 +174,7 @@ def test_store_behind_a_link(tmp_path):
     assert (tmp_path / "real.staging").is_dir()
 
 
+@pytest.mark.slow
 def test_name_whose_last_version_is_deleted_meanwhile(tmp_path):
     """BentoML removes a name's folder with its last version, and takes no lock for it."""
     store, end, times = tmp_path / "models", threading.Event(), 0

@@ -50,6 +50,7 @@ def assert_is_same(module: nn.Module, x: torch.Tensor, due: torch.Tensor) -> Non
     assert torch.equal(x, before)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.tuples(st.integers(0, 7), st.integers(1, 9), st.integers(1, 60), st.integers(1, 20)),
