@@ -150,6 +150,8 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
     Raises:
         InvalidModelError: It does not, or they are not.
     """
+    if any(each.is_meta for each in module.parameters()):
+        raise InvalidModelError("the module's weights are on the device 'meta', without values; load its checkpoint first")
     plain, tuples = copy.deepcopy(description.plain), description.tuples
 
     def build() -> Any:

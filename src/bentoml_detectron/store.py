@@ -429,7 +429,7 @@ def _warn_of_code(description: Description, carried: Sequence[str]) -> None:
 
 def _warn_of_values(module: nn.Module) -> None:
     """Warns of weights that are no numbers, as those of a training that diverged: the model finds nothing, or nonsense."""
-    wrong = [name for name, each in module.named_parameters() if not each.is_meta and not _is_finite(each)]
+    wrong = [name for name, each in module.named_parameters() if not _is_finite(each)]
     if wrong:
         warnings.warn(
             f"{len(wrong)} of the model's weights hold NaN or infinity, the first is {wrong[0]}: its training has diverged; "
