@@ -164,10 +164,10 @@ def check_saveable(module: nn.Module, description: Description) -> nn.Module:
     state = module.state_dict()
     names = rebuilt.state_dict().keys()
     inner = next((name for name, child in module.named_children() if names <= child.state_dict().keys()), None)
-    weights.check(
-        state, rebuilt, "the module's weights do not fit its config; save it with the config that it was built with"
-        if inner is None else f"the model is inside {type(module).__name__}; save its attribute {inner!r}",
-    )  # fmt: skip
+    message = "the module's weights do not fit its config; save it with the config that it was built with"
+    if inner is not None:
+        message = f"the model is inside {type(module).__name__}; save its attribute {inner!r}"
+    weights.check(state, rebuilt, message)
     weights.assign(state, rebuilt)
     return rebuilt.eval().to(device_of(module))
 

@@ -22,7 +22,7 @@ from bentoml_detectron.artifact.files import sync, sync_folder
 from bentoml_detectron.errors import SaveError
 
 _PREFIX = "save-"
-_TRIES = 5
+_TRIES = 5  # where others remove the folder into which a model is moved
 _VERSION = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}\Z")
 
 
@@ -87,13 +87,12 @@ def publish(content: Path, store: Path, name: str, version: str, *, is_newer: Ca
                 try:
                     _move_in(content, final, is_newer)
                     break
-                except FileNotFoundError:  # BentoML removes a name's folder with its last version, and holds no lock
-                    if not left:
-                        raise
-                except BaseException:
+                except BaseException as exc:
                     with suppress(OSError):
                         final.parent.rmdir()  # succeeds only where this save made it
-                    raise
+                    # BentoML removes a name's folder with its last version, and holds no lock.
+                    if not (isinstance(exc, FileNotFoundError) and left):
+                        raise
     except OSError as exc:
         raise SaveError(f"cannot put {name}:{version} into the model store {store}: {exc}", value=str(final)) from exc
     return final

@@ -299,7 +299,8 @@ def save_model(
         config: The CfgNode that the module was built with, or its LazyConfig: the ``model`` node, or the whole config, whose
             ``dataloader.test`` gives the size of images and the dataset. Required for a module, ignored for a predictor. Class
             names come from Detectron2's ``MetadataCatalog``: those of the first test or training dataset that has as many in
-            this process as the model has classes. Register and load a dataset of your own before you save.
+            this process as the model has classes, or else of the first that has any. Register and load a dataset of your own
+            before you save.
         signatures: The model's methods that a legacy runner offers; ``{"__call__": {"batchable": False}}`` unless given.
         labels: BentoML's labels, such as ``{"stage": "dev"}``.
         custom_objects: Python objects to pickle beside the model for `bentoml.Model.custom_objects`; ``"config"`` is set to
@@ -439,7 +440,7 @@ def _warn_of_values(module: nn.Module) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The sum takes a tenth of the time, and is no number where one of them is none.
+    """Whether all values are numbers; their sum, which takes less time, is none where one of them is none."""
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 

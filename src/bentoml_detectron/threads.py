@@ -26,8 +26,8 @@ def decided() -> dict[str, str]:
 
 def count() -> dict[str, str]:
     """The same for the number of threads: PyTorch counts the machine's cores, of which a container may be granted fewer."""
-    is_limited = cores() < len(os.sched_getaffinity(0))
-    return {_COUNT: str(cores())} if is_limited and not is_count_decided() else {}
+    granted = cores()
+    return {} if is_count_decided() or granted == len(os.sched_getaffinity(0)) else {_COUNT: str(granted)}
 
 
 def is_count_decided() -> bool:

@@ -615,7 +615,7 @@ def test_square_that_a_model_pads_to_is_its_size_where_nothing_else_is_said():
     assert lazy.input_of(cfg).max_size_test == 1333
 
 
-@pytest.mark.parametrize("change", ["another step", "two lengths", "none at all"])
+@pytest.mark.parametrize("change", ["another step", "two lengths", "no length", "none at all"])
 def test_preparation_that_is_not_understood_is_told(change):
     import detectron2.data.transforms as T
 
@@ -625,6 +625,8 @@ def test_preparation_that_is_not_understood_is_told(change):
         mapper.augmentations = [L(T.FixedSizeCrop)(crop_size=(64, 64))]
     elif change == "two lengths":
         mapper.augmentations[0].short_edge_length = (64, 96)
+    elif change == "no length":
+        mapper.augmentations[0].max_size = 0
     else:
         del mapper.augmentations
     with pytest.warns(UserWarning, match="800 pixels, at most 1333"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -116,8 +117,9 @@ def test_store_that_cannot_be_written_is_said(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOENT])
 @pytest.mark.parametrize("first", [True, False])
-def test_failure_after_latest_was_replaced_is_undone(first, tmp_path, monkeypatch):
+def test_failure_after_latest_was_replaced_is_undone(first, number, tmp_path, monkeypatch):
     """`latest` names again what it named before, and is gone where there was none."""
     store = tmp_path / "models"
     if first:
@@ -130,7 +132,7 @@ def test_failure_after_latest_was_replaced_is_undone(first, tmp_path, monkeypatc
     def fail_late(folder: Path) -> None:
         synced.append(folder)
         if (store / "name" / "latest").is_file() and (store / "name" / "latest").read_text() == "two":
-            raise OSError(5, "Input/output error")
+            raise OSError(number, "it fails")
 
     monkeypatch.setattr(staging, "sync_folder", fail_late)
     with pytest.raises(errors.SaveError):

@@ -156,7 +156,9 @@ def input_of(cfg: CfgNode) -> Input:
         what = "a string" if key == "INPUT.FORMAT" else "a whole number of pixels"
         raise InvalidModelError(f"the config's {key} is {value!r:.100}; it must be {what}", value=value) from exc
     if found.min_size_test > 0 and found.max_size_test == 0:
-        raise InvalidModelError("the config's INPUT.MAX_SIZE_TEST is 0, to which no image can be scaled", value=0)
+        raise InvalidModelError(
+            "the config's INPUT.MAX_SIZE_TEST is 0, to which no image can be scaled; set it to 1333", value=0
+        )
     return found
 
 

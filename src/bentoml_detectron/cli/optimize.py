@@ -67,7 +67,7 @@ def command(
     )
     for line in _lines(report):
         click.echo(line)
-    trust = " --trust-remote-code" * trust_remote_code + "".join(f" --trusted {each}" for each in trusted)
+    trust = options.trusting(trusted, trust_remote_code=trust_remote_code)
     click.echo(f"saved {model.tag}; next: bentoml detectron serve {model.tag} --precision {precision}{trust}")
 
 

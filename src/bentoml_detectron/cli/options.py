@@ -35,6 +35,11 @@ trusted = click.option(
 )
 
 
+def trusting(trusted: Iterable[str], *, trust_remote_code: bool = False) -> str:
+    """The same two options for a command that is shown, with a space before each."""
+    return " --trust-remote-code" * trust_remote_code + "".join(f" --trusted {each}" for each in trusted)
+
+
 def limits(max_image_pixels: int) -> Limits:
     """Limits of images of so many pixels, and of as many bytes as such an image has in the largest of the formats, BMP."""
     from bentoml_detectron.images import DEFAULT_LIMITS, Limits

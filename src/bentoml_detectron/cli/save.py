@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bentoml_detectron.cli import options
+
 if TYPE_CHECKING:
     from bentoml import Model
 
@@ -66,8 +68,7 @@ def command(
     click.echo(f"Saved {saved.tag}")
     for label, text in _summary(saved, built):
         click.echo(f"  {label:<11} {text}")
-    options = "".join(f" --trusted {module}" for module in built.untrusted)
-    click.echo(f"\nNext: bentoml detectron serve {saved.tag}{options}")
+    click.echo(f"\nNext: bentoml detectron serve {saved.tag}{options.trusting(built.untrusted)}")
 
 
 def _summary(saved: Model, built: Built) -> list[tuple[str, str]]:
